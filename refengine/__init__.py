@@ -1,0 +1,12 @@
+"""A Llama-family forward pass in pure NumPy, with the key-value cache as an explicit argument: the definition to compare with."""
+
+from refengine.checkpoint import open_checkpoint
+from refengine.config import Config
+from refengine.errors import InputError
+from refengine.generate import generate, teacher_forced
+from refengine.kvcache import KVCache
+from refengine.model import forward
+from refengine.ops import OPS, Ops
+from refengine.weights import Weights
+
+__all__ = ["OPS", "Config", "InputError", "KVCache", "Ops", "Weights", "forward", "generate", "open_checkpoint", "teacher_forced"]

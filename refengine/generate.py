@@ -1,0 +1,89 @@
+"""Greedy generation with and without a cache, and teacher-forced logits for tokens that are given."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from refengine.errors import TokensError
+from refengine.kvcache import NO_CACHE, Cache, Float, KVCache, Scheme
+from refengine.model import forward
+from refengine.ops import OPS, Ops
+from refengine.trace import Trace, no_trace
+from refengine.weights import Weights
+
+OnToken = Callable[[int, int], None]  # (row, token), called as each token is chosen
+
+PADDING_ID = 0  # any valid token: at position -1 it is neither attended to nor counted
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """`token_ids_BT` and `positions_BT` of prompts that end in the same column; padding is in front, at position -1.
+
+    Raises:
+        TokensError: there is no prompt, or one is empty.
+    """
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
+        raise TokensError(f"prompts: expected at least one token in each, found {f'none in prompt {empty[0]}' if empty else 'no prompt'}")
+    longest = max(map(len, prompts))
+    token_ids_BT = np.full((len(prompts), longest), PADDING_ID, np.int64)
+    positions_BT = np.full((len(prompts), longest), -1, np.int64)
+    for row, prompt in enumerate(prompts):
+        token_ids_BT[row, longest - len(prompt) :] = prompt
+        positions_BT[row, longest - len(prompt) :] = np.arange(len(prompt))
+    return token_ids_BT, positions_BT
+
+
+def new_cache(weights: Weights, batch_size: int, scheme: Scheme | None = None) -> KVCache:
+    """An empty cache for these weights: in their dtype unless a scheme is given, holding no more than the model's window."""
+    return KVCache(weights.config, batch_size, scheme or Float(weights.dtype), weights.config.sliding_window)
+
+
+def generate(
+    weights: Weights, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, cache: bool = True, scheme: Scheme | None = None,
+    ops: Ops = OPS, on_token: OnToken = lambda row, token: None,
+) -> list[list[int]]:
+    """The tokens that greedy decoding appends to each prompt; an end token is the last of its row.
+
+    Args:
+        prompts: token ids, of any lengths; decoded as one left-padded batch.
+        cache: False feeds the whole sequence again at each step.
+        scheme: how the cache is stored; the weights' dtype by default.
+        on_token: called with (row, token) as each token is chosen.
+    """
+    token_ids_BT, positions_BT = left_padded(prompts)
+    kept: Cache = new_cache(weights, len(prompts), scheme) if cache else NO_CACHE
+    generated: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+    for step in range(max_new_tokens):
+        new = slice(None) if step == 0 or not cache else slice(-1, None)
+        logits_BV = forward(weights, token_ids_BT[:, new], positions_BT[:, new], kept, last=True, ops=ops)[:, -1]
+        chosen_B = logits_BV.argmax(axis=-1)
+        for row in sorted(running):
+            token = int(chosen_B[row])
+            generated[row].append(token)
+            on_token(row, token)
+            if token in weights.config.eos_token_id:
+                running.remove(row)
+        if not running:
+            break
+        # A row that has ended goes on as padding, so that it costs nothing but its place.
+        goes_on_B = np.isin(np.arange(len(prompts)), list(running))
+        next_B = np.where(goes_on_B, np.array([len(p) + len(g) - 1 for p, g in zip(prompts, generated, strict=True)]), -1)
+        token_ids_BT = np.append(token_ids_BT, np.where(goes_on_B, chosen_B, PADDING_ID)[:, None], axis=1)
+        positions_BT = np.append(positions_BT, next_B[:, None], axis=1)
+    return generated
+
+
+def teacher_forced(
+    weights: Weights, token_ids_BT: np.ndarray, positions_BT: np.ndarray, cache: Cache, *, chunk: int = 512,
+    ops: Ops = OPS, trace: Trace = no_trace,
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Logits for tokens that are given, `chunk` columns at a time: pairs of the columns and their `logits_BTV`.
+
+    One pass over prompt and continuation gives the reference's choice at every step without decoding step by step. Memory is
+    bounded by the chunk; `cache` receives the keys and values.
+    """
+    for start in range(0, token_ids_BT.shape[1], chunk):
+        columns = slice(start, min(start + chunk, token_ids_BT.shape[1]))
+        yield columns, forward(weights, token_ids_BT[:, columns], positions_BT[:, columns], cache, ops=ops, trace=trace)

@@ -1,0 +1,46 @@
+"""Candidates: implementations to be compared with the reference. One file a runtime, and no other file imports it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from verify.feeds import Interface
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked of a runtime, and what it says that it did."""
+
+    requested: Mapping[str, str] = field(default_factory=dict)
+    effective: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a candidate's cached step hands to the next one: its arrays by input name, and the position of each slot."""
+
+    arrays: Mapping[str, np.ndarray]
+    positions_BS: np.ndarray
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one run of a candidate gave: its own copies, in the dtype that it computes. `past` is None without a cache."""
+
+    logits_BTV: np.ndarray
+    past: Past | None
+
+
+class Candidate(Protocol):
+    """One exported model on one runtime, opened and ready."""
+
+    runtime: str
+    path: Path
+    interface: Interface
+    settings: Settings
+
+    def run(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray, past: Past | None = None) -> Step:
+        """Feeds new tokens (position -1 is left padding), after `past` if there is one. Raises NoVerdict when the runtime fails."""
