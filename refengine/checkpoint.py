@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from refengine.config import Config, end_tokens
 from refengine.errors import CheckpointError, ConfigError
+from refengine.hub import local_path
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
@@ -25,6 +26,7 @@ class Checkpoint(Protocol):
     path: Path
     config: Config
     names: frozenset[str]
+    files: tuple[Path, ...]  # everything that decides what the model computes
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
@@ -37,13 +39,13 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint directory (config.json, *.safetensors) or a `.gguf` file.
+    """Open a checkpoint directory (config.json, *.safetensors), a `.gguf` file, or a model of the hub by its name.
 
     Raises:
         CheckpointError: there is no readable, safe checkpoint at `path`.
         ConfigError: its configuration is incomplete or not supported.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory; expected a checkpoint directory or a .gguf file")
     if path.is_file():
@@ -65,7 +67,10 @@ class SafetensorsCheckpoint:
         self.path = path
         self.config = _config_of(path)
         self._open_files = ExitStack()
-        self._file_of = self._tensors_by_name()
+        shards = _shards(path)
+        tensors = sorted(set(shards.values()) if isinstance(shards, Mapping) else shards)
+        self.files = (path / "config.json", *tensors)
+        self._file_of = self._tensors_by_name(shards, tensors)
         self.names = frozenset(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -88,12 +93,11 @@ class SafetensorsCheckpoint:
             raise CheckpointError(f"{self.path}: {name}: expected a dtype of {', '.join(FLOAT_DTYPES)}, found {found.get_dtype()}")
         return found
 
-    def _tensors_by_name(self) -> dict[str, Any]:
-        files = _shards(self.path)
-        opened = {file: self._open(file) for file in sorted(set(files.values()) if isinstance(files, Mapping) else files)}
-        by_name = {name: handle for handle in opened.values() for name in handle.keys()}  # noqa: SIM118
-        if isinstance(files, Mapping):
-            for name, file in files.items():
+    def _tensors_by_name(self, shards: Mapping[str, Path] | list[Path], tensors: list[Path]) -> dict[str, Any]:
+        opened = [self._open(file) for file in tensors]
+        by_name = {name: handle for handle in opened for name in handle.keys()}  # noqa: SIM118
+        if isinstance(shards, Mapping):
+            for name, file in shards.items():
                 if name not in by_name:
                     raise CheckpointError(f"{file}: no tensor {name!r}, although {INDEX} says that it is here")
         return by_name

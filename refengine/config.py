@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from refengine.errors import ConfigError
@@ -105,6 +105,8 @@ class Config:
         heads = _positive_int(given, "num_attention_heads")
         kv_heads = _key_value_heads(given, model_type, heads)
         hidden_size = _positive_int(given, "hidden_size")
+        head_dim, rope_parameters = _head_dim(given, hidden_size, heads), _rope_parameters(given)
+        _check_rope_range(rope_parameters, head_dim)
         return cls(
             model_type=model_type,
             vocab_size=_positive_int(given, "vocab_size"),
@@ -113,10 +115,10 @@ class Config:
             num_hidden_layers=_positive_int(given, "num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            head_dim=_head_dim(given, hidden_size, heads),
+            head_dim=head_dim,
             rms_norm_eps=_positive_number(given, "rms_norm_eps"),
             max_position_embeddings=_positive_int(given, "max_position_embeddings"),
-            rope_parameters=_rope_parameters(given),
+            rope_parameters=rope_parameters,
             hidden_act=_hidden_act(given),
             attention_bias=_flag(given, "attention_bias", only_for=("llama",)),
             mlp_bias=_flag(given, "mlp_bias", only_for=("llama",)),
@@ -190,6 +192,17 @@ def _sliding_window(given: Mapping[str, Any], model_type: str) -> int | None:
     return _positive_int(given, "sliding_window")
 
 
+def _check_rope_range(rope: RopeParameters, head_dim: int) -> None:
+    """Settings at which a variant's formula divides by zero."""
+    if rope.rope_type == "dynamic" and head_dim <= 2:
+        raise ConfigError(f"head_dim: rope_type 'dynamic' needs more than 2 dimensions a head, found {head_dim}")
+    if rope.rope_type == "yarn" and rope.rope_theta <= 1:
+        raise ConfigError(f"rope_theta: rope_type 'yarn' needs a base above 1, found {rope.rope_theta}")
+    if rope.rope_type == "llama3" and not rope.low_freq_factor < rope.high_freq_factor:
+        raise ConfigError("rope_parameters: expected low_freq_factor below high_freq_factor, found "
+                          f"{rope.low_freq_factor} and {rope.high_freq_factor}")
+
+
 def _rope_parameters(given: Mapping[str, Any]) -> RopeParameters:
     """Both spellings: `rope_theta` and `rope_scaling` at the top (older), or everything in `rope_parameters`."""
     nested = dict(given.get("rope_parameters") or {})
@@ -211,12 +224,13 @@ def _rope_parameters(given: Mapping[str, Any]) -> RopeParameters:
         raise ConfigError(f"rope_parameters.original_max_position_embeddings: missing; rope_type {rope_type!r} needs it")
     numbers = {key: _positive_number(said, key) for key in needed}
     numbers |= {key: _positive_number(said, key) for key in optional if key != "truncate" and said.get(key) is not None}
-    truncate = said.get("truncate") if "truncate" in optional else None
-    parameters = RopeParameters(rope_type=rope_type, rope_theta=thetas.pop(), truncate=truncate, **numbers)
-    if rope_type == "llama3" and not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
-        raise ConfigError("rope_parameters: expected low_freq_factor below high_freq_factor, found "
-                          f"{numbers['low_freq_factor']} and {numbers['high_freq_factor']}")
-    return parameters
+    truncate = said.get("truncate", True) if "truncate" in optional else None
+    if truncate not in (None, True, False) or ("truncate" in said and truncate is None):
+        raise ConfigError(f"rope_parameters.truncate: expected true or false, found {said['truncate']!r}")
+    outer = given.get("original_max_position_embeddings")
+    if outer is not None and outer != said.get("original_max_position_embeddings", outer):
+        raise ConfigError(f"original_max_position_embeddings: found {outer} at the top and another value inside the rope parameters; expected one")
+    return RopeParameters(rope_type=rope_type, rope_theta=thetas.pop(), truncate=truncate, **numbers)
 
 
 def _is_int(value: Any) -> bool:
@@ -252,5 +266,3 @@ def _token_or_none(given: Mapping[str, Any], key: str) -> int | None:
         raise ConfigError(f"{key}: expected a token id, found {value!r}")
     return value
 
-
-CONFIG_KEYS = tuple(field.name for field in fields(Config))

@@ -141,6 +141,11 @@ class KVCache:
             self._drop_unseen()
         return k_BKSH, v_BKSH, positions_BS
 
+    def read(self, layer: int, dtype: np.typing.DTypeLike) -> tuple[np.ndarray, np.ndarray]:
+        """`k_BKSH` and `v_BKSH` that one layer holds, in `dtype`, in the order of `positions_BS`; nothing is added."""
+        held = slice(self._start, self._end)
+        return tuple(self.scheme.read(stored[layer], held, np.dtype(dtype)) for stored in (self._keys, self._values))
+
     def crop(self, length: int) -> None:
         """Forgets the newest slots so that `length` are left. Raises CacheError when a window has dropped older ones."""
         if self._awaited or not 0 <= length <= self.length or (self._has_dropped and length < self.length):

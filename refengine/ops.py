@@ -61,6 +61,28 @@ def attention_mask(positions_BT: np.ndarray, positions_BS: np.ndarray, window: i
     return allowed_BTS if window is None else allowed_BTS & (age_BTS < window)
 
 
+def scores(q_BTNH: np.ndarray, k_BKSH: np.ndarray) -> np.ndarray:
+    """`q @ k / sqrt(H)` as `scores_BKRS`: the G queries of each key-value head and the T tokens are its R = G * T rows.
+
+    Stacked like this, the queries of a group share one product, and keys and values are never repeated.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BKSH.shape[1]
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    # In C order the scaled queries are already the rows of the product: one copy for both.
+    scaled_BKGTH = np.multiply(q_BKGTH, q_BTNH.dtype.type(H**-0.5), order="C")
+    return scaled_BKGTH.reshape(B, K, -1, H) @ k_BKSH.swapaxes(-1, -2)
+
+
+def hide(scores_BKRS: np.ndarray, allowed_BTS: np.ndarray) -> None:
+    """Overwrites with -inf the scores of what a query may not see; rows are stacked as `scores` stacks them."""
+    if allowed_BTS.all():
+        return
+    B, K, _, S = scores_BKRS.shape
+    scores_BKGTS = scores_BKRS.reshape(B, K, -1, allowed_BTS.shape[1], S)
+    np.copyto(scores_BKGTS, -np.inf, where=~allowed_BTS[:, None, None])
+
+
 def softmax_weighted_sum(scores_BKRS: np.ndarray, v_BKSH: np.ndarray) -> np.ndarray:
     """`softmax(scores) @ v`, dividing once at the end. Overwrites `scores`. A row of -inf only gives zeros, not NaN."""
     highest_BKR1 = scores_BKRS.max(axis=-1, keepdims=True)
@@ -78,25 +100,20 @@ def attend(
 ) -> np.ndarray:
     """Grouped-query attention: query head n reads key-value head n // G. Returns `y_BTNH`.
 
-    The queries of a group are stacked as rows of one product, so keys and values are never repeated.
     Source: arXiv 1706.03762, section 3.2.1; arXiv 2305.13245 for the groups.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BKSH.shape[1]
-    scale = q_BTNH.dtype.type(H**-0.5)
-    q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     y_BTNH = np.empty_like(q_BTNH)
     for start in range(0, T, QUERY_BLOCK):
         block = slice(start, min(start + QUERY_BLOCK, T))
         allowed_BTS = attention_mask(positions_BT[:, block], positions_BS, window)
         seen = _span(allowed_BTS.any(axis=(0, 1)))
-        rows = block.stop - block.start
-        scores_BKRS = q_BKGTH[:, :, :, block].reshape(B, K, -1, H) @ k_BKSH[:, :, seen].swapaxes(-1, -2)
-        if not allowed_BTS[:, :, seen].all():
-            masked = scores_BKRS.reshape(B, K, -1, rows, scores_BKRS.shape[-1])
-            np.copyto(masked, -np.inf, where=~allowed_BTS[:, None, None, :, seen])
+        scores_BKRS = scores(q_BTNH[:, block], k_BKSH[:, :, seen])
+        hide(scores_BKRS, allowed_BTS[:, :, seen])
         y_BKRH = softmax_weighted_sum(scores_BKRS, v_BKSH[:, :, seen])
-        y_BTNH[:, block] = y_BKRH.reshape(B, K, -1, rows, H).transpose(0, 3, 1, 2, 4).reshape(B, rows, N, H)
+        y_BKGTH = y_BKRH.reshape(B, K, N // K, block.stop - block.start, H)
+        y_BTNH[:, block] = y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, -1, N, H)
     return y_BTNH
 
 

@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +24,60 @@ GREEDY = [name for name, case in MANIFEST["cases"].items() if case["greedy_steps
 BOUND = 1e-12  # float64 sums in another order differ by 1e-15 here; angles at position 5000 by a few 1e-13
 
 FEATURES = {
-    "llama", "mistral", "multi-head attention", "grouped-query attention", "multi-query attention", "head_dim absent", "head_dim given",
-    "attention_bias", "mlp_bias", "tied embeddings", "untied embeddings", "sliding window", "sliding_window null",
-    "rope_theta at the top", "rope_theta in rope_parameters", "rope_scaling with type",
-    "rope default", "rope linear", "rope dynamic", "rope llama3", "rope yarn",
-    "dynamic within max_position_embeddings", "dynamic beyond max_position_embeddings",
-    "yarn attention_factor derived", "yarn attention_factor given", "yarn betas", "yarn mscale", "yarn truncate false",
-    "one end token", "several end tokens", "one file", "shards", "more than ten layers", "F64", "F32", "F16", "BF16", "mixed storage",
-    "left padding", "right padding", "far positions", "greedy",
-}  # fmt: skip
+    "llama",
+    "mistral",
+    "multi-head attention",
+    "grouped-query attention",
+    "multi-query attention",
+    "head_dim absent",
+    "head_dim given",
+    "attention_bias",
+    "mlp_bias",
+    "tied embeddings",
+    "untied embeddings",
+    "sliding window",
+    "sliding_window null",
+    "rope_theta at the top",
+    "rope_theta in rope_parameters",
+    "rope_scaling with type",
+    "rope default",
+    "rope linear",
+    "rope dynamic",
+    "rope llama3",
+    "rope yarn",
+    "dynamic within max_position_embeddings",
+    "dynamic beyond max_position_embeddings",
+    "yarn attention_factor derived",
+    "yarn attention_factor given",
+    "yarn betas",
+    "yarn mscale",
+    "yarn truncate false",
+    "one end token",
+    "several end tokens",
+    "one file",
+    "shards",
+    "more than ten layers",
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "mixed storage",
+    "left padding",
+    "right padding",
+    "far positions",
+    "long prompt",
+    "greedy",
+}
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         return dict(arrays)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def opened(directory: Path, resident: bool = True) -> Weights:
@@ -45,9 +87,12 @@ def opened(directory: Path, resident: bool = True) -> Weights:
 def relative_error(weights: Weights, name: str, run: str) -> float:
     """max |a - b| / max |b| over the logits of all tokens that are no padding."""
     arrays = golden(name)
-    token_ids_BT, positions_BT, expected_BTV = (arrays[f"{run}.{what}"] for what in ("token_ids_BT", "positions_BT", "logits_BTV"))
+    token_ids_BT, positions_BT, expected_BTV = (
+        arrays[f"{run}.{what}"] for what in ("token_ids_BT", "positions_BT", "logits_BTV")
+    )
     found_BTV = forward(weights, token_ids_BT, positions_BT)
-    assert (found_BTV.dtype, found_BTV.shape) == (np.float64, expected_BTV.shape)
+    assert found_BTV.dtype == np.float64
+    assert found_BTV.shape == expected_BTV.shape
     kept_BT = positions_BT >= 0
     return float(np.abs(found_BTV - expected_BTV)[kept_BT].max() / np.abs(expected_BTV[kept_BT]).max())
 
@@ -94,9 +139,9 @@ def up_to_an_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
 
 
 def numbers_that_matter() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each setting of each golden config.json whose change must show in the logits, as (case, path of keys)."""
+    """Each setting in each golden config.json whose change must show in the logits: (case, path of keys)."""
     for name in MANIFEST["cases"]:
-        config = json.loads((GOLDEN / name / "config.json").read_text(encoding="utf-8"))
+        config = read_config(GOLDEN / name)
         yield name, ("rms_norm_eps",)
         for key in ("rope_theta", "sliding_window"):
             if config.get(key) is not None:
@@ -108,16 +153,22 @@ def numbers_that_matter() -> Iterator[tuple[str, tuple[str, ...]]]:
     yield "llama_dynamic", ("max_position_embeddings",)
 
 
-@pytest.mark.parametrize(("name", "keys"), numbers_that_matter(), ids=lambda value: value if isinstance(value, str) else ".".join(value))
-def test_golden_logits_tell_a_changed_setting(name: str, keys: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [pytest.param(*each, id="-".join((each[0], *each[1]))) for each in numbers_that_matter()],
+)
+def test_golden_logits_tell_a_halved_setting(name: str, keys: tuple[str, ...], tmp_path: Path) -> None:
     changed = tmp_path / name
     shutil.copytree(GOLDEN / name, changed)
-    config = json.loads((changed / "config.json").read_text(encoding="utf-8"))
-    holder: dict[str, Any] = config
-    for key in keys[:-1]:
-        holder = holder[key]
-    value = holder[keys[-1]]
-    holder[keys[-1]] = not value if isinstance(value, bool) else value * 2
+    config = read_config(GOLDEN / name)
+    holder = reduce(getitem, keys[:-1], config)
+    holder[keys[-1]] = halved(holder[keys[-1]])
     (changed / "config.json").write_text(json.dumps(config), encoding="utf-8")
     weights = opened(changed)
     assert max(relative_error(weights, name, run) for run in MANIFEST["cases"][name]["runs"]) > 1000 * BOUND
+
+
+def halved(value: bool | int | float) -> bool | int | float:
+    if isinstance(value, bool):
+        return not value
+    return value // 2 if isinstance(value, int) else value / 2

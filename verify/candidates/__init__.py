@@ -42,5 +42,9 @@ class Candidate(Protocol):
     interface: Interface
     settings: Settings
 
+    @property
+    def can_pad_left(self) -> bool:
+        """Whether a batch of ragged rows can be fed with padding in front."""
+
     def run(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray, past: Past | None = None) -> Step:
         """Feeds new tokens (position -1 is left padding), after `past` if there is one. Raises NoVerdict when the runtime fails."""

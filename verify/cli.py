@@ -1,0 +1,107 @@
+"""The command line: arguments in, exit code out. 0 equal, 1 drift or mismatch, 2 bad usage or input, 3 no verdict."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from refengine.checkpoint import open_checkpoint
+from refengine.errors import InputError
+from verify.errors import NoVerdict
+from verify.runtimes import RUNTIMES
+
+OK, BAD_INPUT, NO_VERDICT, INTERRUPTED = 0, 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; what goes wrong is one line on standard error."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except InputError as error:
+        return _fail(error, BAD_INPUT)
+    except NoVerdict as error:
+        return _fail(error, NO_VERDICT)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of a pipe has gone; closing quietly is what other commands do.
+        sys.stderr.close()
+        return OK
+
+
+def _fail(error: Exception | str, code: int) -> int:
+    print(f"verify: {error}", file=sys.stderr)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    root = argparse.ArgumentParser(prog="python -m verify", description="Does an exported language model still compute what its checkpoint says?")
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_compare(verbs.add_parser("compare", help="prove an export equal to its checkpoint, token for token, or show where it is not"))
+    _add_inspect(verbs.add_parser("inspect", help="show what an export is, and who runs it"))
+    _add_export(verbs.add_parser("export", help="write a plain ONNX decoder with its cache from a checkpoint"))
+    return root
+
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
+    compare.set_defaults(run=_compare)
+    compare.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint directory, hub name or .gguf file (default: the embedded model)")
+    compare.add_argument("candidate", nargs="?", metavar="CANDIDATE", type=Path, help=".onnx file or a directory that holds one (default: the embedded model's export)")
+    compare.add_argument("--runtime", action="append", choices=sorted(RUNTIMES), help="repeatable; default ort-openvino")
+    compare.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="repeatable; passed to the runtime unchanged")
+    compare.add_argument("--cache", choices=("both", "on", "off"), default="both", help="default both")
+    prompts = compare.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; default: a built-in set")
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help='one a line, or JSON lines with "text" or "token_ids"')
+    compare.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
+    compare.add_argument("--batch-size", type=_positive, metavar="N", help="default: all prompts in one left-padded batch where the export can take it")
+    compare.add_argument("--expect", choices=("float32",), default="float32", help="what counts as equal; default float32")
+    compare.add_argument("--no-diagnose", action="store_true", help="do not look for the cause (this release never does)")
+    compare.add_argument("--json", metavar="FILE", help='write the report as JSON; "-" is standard output, and takes the place of the console report')
+    reference = compare.add_mutually_exclusive_group()
+    reference.add_argument("--save-reference", type=Path, metavar="FILE", help="keep the reference's run, to be used again")
+    reference.add_argument("--reference", type=Path, metavar="FILE", help="use a reference run that was kept")
+
+
+def _add_inspect(inspect: argparse.ArgumentParser) -> None:
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("candidate", metavar="CANDIDATE", type=Path, help=".onnx file or a directory that holds one")
+    inspect.add_argument("--runtime", choices=sorted(RUNTIMES), help="open it there too, and show who runs which node")
+
+
+def _add_export(export: argparse.ArgumentParser) -> None:
+    export.set_defaults(run=_export)
+    export.add_argument("model", metavar="MODEL", help="checkpoint directory, hub name or .gguf file")
+    export.add_argument("out", metavar="OUT.onnx", type=Path)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
+    return int(text)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from verify.run_compare import run_compare
+
+    return run_compare(options)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from verify.inspection import inspect
+    from verify.report.console import print_inspection
+
+    print_inspection(inspect(options.candidate, options.runtime), Console())
+    return OK
+
+
+def _export(options: argparse.Namespace) -> int:
+    from verify.export import export_decoder
+
+    export_decoder(open_checkpoint(options.model), options.out)
+    print(f"verify: wrote {options.out}", file=sys.stderr)
+    return OK

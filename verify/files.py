@@ -1,0 +1,38 @@
+"""Files written whole or not at all, and their fingerprints."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from refengine.errors import InputError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it takes `path`'s place when the block ends well, and is removed when it does not.
+
+    Raises:
+        InputError: the directory of `path` does not exist, or `path` is a directory.
+    """
+    if not path.parent.is_dir() or path.is_dir():
+        raise InputError(f"{path}: expected a file name in a directory that exists, found {'a directory' if path.is_dir() else 'none'}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: could not be written ({error.strerror})") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def sha256_of(*paths: Path) -> str:
+    """One hexadecimal fingerprint of some files' contents, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while piece := file.read(2**22):
+                digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,120 @@
+"""The unit of comparison: how far honest float32 arithmetic strays from float64, and how far a candidate may stray.
+
+    noise_ratio = rms(candidate - reference64) / rms(reference32 - reference64)
+
+A ratio near 1 is what any float32 implementation has. One float32 run is one draw of that noise, so `reference32` stands
+for several: the reference in *equivalent orders*, the same mathematics rounded elsewhere, pooled. How far one order may
+lie from the pool is not chosen but measured, on the same tokens: the bound is the largest ratio of any order, times two. A
+candidate may be less accurate than the least accurate honest order by one bit, and no more.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from refengine.config import RopeParameters
+from refengine.ops import OPS, Ops, attention_mask
+from refengine.rope import rope_inverse_frequencies
+from refengine.weights import Linear
+
+ONE_BIT = 2.0
+HALF_ULP = 2.0**-25  # a float32 result cannot be nearer than its own rounding: about this much of its size
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The float32 noise of one tensor, position by position, and how far a candidate's may go.
+
+    Attributes:
+        rms_P: the pooled root mean square of the orders' errors at each position.
+        overall_bound: the largest honest noise ratio over all positions together.
+        position_bound: the largest honest noise ratio at any one position.
+    """
+
+    rms_P: np.ndarray
+    overall_bound: float
+    position_bound: float
+
+    @classmethod
+    def of(cls, errors: Sequence[np.ndarray], reference64_PX: np.ndarray) -> "Noise":
+        """From the error of each equivalent order at each position, root mean squares as `rms(..., axis=-1)` gives them."""
+        rounding_P = HALF_ULP * rms(reference64_PX, axis=-1) + np.finfo(np.float64).tiny
+        rms_P = np.maximum(rms(np.stack(errors), axis=0), rounding_P)
+        return cls(
+            rms_P,
+            overall_bound=ONE_BIT * max(float(rms(error_P) / rms(rms_P)) for error_P in errors),
+            position_bound=ONE_BIT * max(float((error_P / rms_P).max()) for error_P in errors),
+        )
+
+
+def rms(x: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """Root of the mean square over `axis` (everything by default), in float64."""
+    return np.sqrt(np.mean(np.square(x, dtype=np.float64), axis=axis))
+
+
+def linear_in_two_halves(x_BTI: np.ndarray, proj: Linear) -> np.ndarray:
+    """`x @ weight.T + bias`, the sum over the inputs taken in two parts, as a runtime with two threads may."""
+    half = x_BTI.shape[-1] // 2
+    y_BTO = x_BTI[..., :half] @ proj.weight_OI[:, :half].T
+    y_BTO += x_BTI[..., half:] @ proj.weight_OI[:, half:].T
+    return y_BTO if proj.bias_O is None else y_BTO + proj.bias_O
+
+
+def linear_in_blocks(x_BTI: np.ndarray, proj: Linear) -> np.ndarray:
+    """`x @ weight.T + bias`, summed one cache-sized block of inputs after the other, the last block first."""
+    y_BTO = np.zeros((*x_BTI.shape[:-1], len(proj.weight_OI)), x_BTI.dtype)
+    for start in reversed(range(0, x_BTI.shape[-1], 256)):
+        y_BTO += x_BTI[..., start : start + 256] @ proj.weight_OI[:, start : start + 256].T
+    return y_BTO if proj.bias_O is None else y_BTO + proj.bias_O
+
+
+def rms_norm_scaled_first(x_BTD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
+    """RMSNorm as exporters write it: a plain sum of squares, a reciprocal, and the weight as the left factor."""
+    mean_square_BT1 = np.mean(np.square(x_BTD), axis=-1, keepdims=True)
+    return weight_D * (x_BTD * (1 / np.sqrt(mean_square_BT1 + x_BTD.dtype.type(eps))))
+
+
+def rope_table_in_its_dtype(
+    rope: RopeParameters, head_dim: int, max_position_embeddings: int, positions_BT: np.ndarray, dtype: np.dtype,
+) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin with the angles rounded to `dtype`, as every exporter computes them; matters at long positions."""
+    length = int(positions_BT.max()) + 1
+    inv_freq_P, factor = rope_inverse_frequencies(rope, head_dim, max_position_embeddings, length)
+    angles_BTP = positions_BT[:, :, None].astype(dtype) * inv_freq_P.astype(dtype)
+    return np.cos(angles_BTP) * dtype.type(factor), np.sin(angles_BTP) * dtype.type(factor)
+
+
+def attend_with_probabilities(
+    q_BTNH: np.ndarray, k_BKSH: np.ndarray, v_BKSH: np.ndarray, positions_BT: np.ndarray, positions_BS: np.ndarray,
+    window: int | None,
+) -> np.ndarray:
+    """Attention as it is written down: scores scaled after the product, probabilities normalised before the values."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BKSH.shape[1]
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    scores_BKGTS = (q_BKGTH @ k_BKSH[:, :, None].swapaxes(-1, -2)) / np.sqrt(q_BTNH.dtype.type(H))
+    allowed_B11TS = attention_mask(positions_BT, positions_BS, window)[:, None, None]
+    lowest = np.finfo(scores_BKGTS.dtype).min
+    scores_BKGTS = np.where(allowed_B11TS, scores_BKGTS, lowest)
+    weights_BKGTS = np.exp(scores_BKGTS - scores_BKGTS.max(axis=-1, keepdims=True)) * allowed_B11TS
+    weights_BKGTS /= np.maximum(weights_BKGTS.sum(axis=-1, keepdims=True), np.finfo(scores_BKGTS.dtype).tiny)
+    return (weights_BKGTS @ v_BKSH[:, :, None]).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def silu_gate_by_sigmoid(gate_BTF: np.ndarray, up_BTF: np.ndarray) -> np.ndarray:
+    """SwiGLU's gate with the sigmoid rounded first."""
+    with np.errstate(over="ignore"):
+        return gate_BTF * (1 / (1 + np.exp(-gate_BTF))) * up_BTF
+
+
+EQUIVALENT_ORDERS: Mapping[str, Ops] = {
+    "the reference's own": OPS,
+    "as exporters write it": replace(
+        OPS, rms_norm=rms_norm_scaled_first, rope_table=rope_table_in_its_dtype, attend=attend_with_probabilities,
+        silu_gate=silu_gate_by_sigmoid,
+    ),
+    "sums in two halves": replace(OPS, linear=linear_in_two_halves, rope_table=rope_table_in_its_dtype),
+    "sums in blocks": replace(OPS, linear=linear_in_blocks, attend=attend_with_probabilities),
+}
+

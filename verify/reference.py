@@ -1,0 +1,177 @@
+"""The reference side of a comparison: the right tokens, their logits and caches in float64, and the noise of float32."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from refengine.checkpoint import Checkpoint
+from refengine.errors import InputError
+from refengine.generate import generate, left_padded, teacher_forced
+from refengine.kvcache import Float, KVCache
+from refengine.ops import OPS, Ops
+from refengine.weights import Weights
+from verify.files import replacing
+from verify.noise import EQUIVALENT_ORDERS, Noise, rms
+
+TOKENS_A_PASS = 512  # bounds the logits held at a time
+Rows = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One tensor of the reference at every position of every row (P of them, row after row), and its float32 noise."""
+
+    value64_PX: np.ndarray
+    noise: Noise
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """Greedy decoding of some prompts as the reference does it.
+
+    Attributes:
+        prompts: token ids of each row.
+        tokens: what the reference chooses after each prompt.
+        logits: at every position fed: each row's prompt and all its tokens but the last.
+        flips_P: the largest float32 deviation of any single logit at each position; how far a tie may be apart.
+        caches: trace point -> keys (after rotation) or values at the same positions, heads flattened.
+    """
+
+    prompts: Rows
+    tokens: Rows
+    logits: Measured
+    flips_P: np.ndarray
+    caches: Mapping[str, Measured]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions of each row."""
+        return [len(prompt) + len(new) - 1 for prompt, new in zip(self.prompts, self.tokens, strict=True)]
+
+
+class Reference:
+    """A checkpoint, run to judge others.
+
+    Weights are read when first needed, in float64 for the truth and in float32 for its noise, one after the other, so that
+    never both are in memory.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, on_progress: Callable[[str], None] = lambda what: None):
+        self.checkpoint = checkpoint
+        self.on_progress = on_progress
+
+    def run(self, prompts: Rows, max_new_tokens: int, guess: Rows | None = None) -> ReferenceRun:
+        """The reference's greedy run of `prompts`, `max_new_tokens` each, going on past end tokens.
+
+        Args:
+            guess: tokens that are probably right, such as a candidate's. One teacher-forced pass over them gives the
+                reference's choice at every step; where each is the guess, then by induction the guess is its greedy run, and
+                nothing had to be decoded step by step.
+        """
+        self.on_progress("reading the checkpoint in float64")
+        weights = Weights.open(self.checkpoint, np.float64)
+        endless = replace(weights, config=replace(weights.config, eos_token_id=()))
+        self.on_progress("the reference in float64")
+        tokens = guess
+        tokens = guess or generate(endless, prompts, max_new_tokens)
+        logits_PV, caches = _pass(endless, prompts, tokens)
+        if chosen(logits_PV, prompts, tokens) != [list(row) for row in tokens]:
+            self.on_progress("the reference decodes its own tokens in float64")
+            tokens = generate(endless, prompts, max_new_tokens)
+            logits_PV, caches = _pass(endless, prompts, tokens)
+        return self._with_noise(prompts, tokens, logits_PV, caches)
+
+    def _with_noise(self, prompts: Rows, tokens: Rows, logits64_PV: np.ndarray, caches64: Mapping[str, np.ndarray]) -> ReferenceRun:
+        weights = Weights.open(self.checkpoint, np.float32)
+        flips_P = np.zeros(len(logits64_PV))
+        errors: dict[str, list[np.ndarray]] = {"lm_head": [], **{name: [] for name in caches64}}
+        for order, ops in EQUIVALENT_ORDERS.items():
+            self.on_progress(f"the reference in float32 ({order})")
+            logits_PV, caches = _pass(weights, prompts, tokens, ops)
+            difference_PV = logits_PV - logits64_PV
+            errors["lm_head"].append(rms(difference_PV, axis=-1))
+            np.maximum(flips_P, np.abs(difference_PV).max(axis=-1), out=flips_P)
+            for name, value_PX in caches.items():
+                errors[name].append(rms(value_PX - caches64[name], axis=-1))
+        measured = {name: Measured(value, Noise.of(errors[name], value)) for name, value in caches64.items()}
+        logits = Measured(logits64_PV, Noise.of(errors["lm_head"], logits64_PV))
+        return ReferenceRun(prompts, tokens, logits, flips_P, measured)
+
+
+def chosen(logits_PV: np.ndarray, prompts: Rows, tokens: Rows) -> list[list[int]]:
+    """The token that the logits choose at every step of every row."""
+    return [logits_PV[steps].argmax(axis=-1).tolist() for steps in step_slices(prompts, tokens)]
+
+
+def step_slices(prompts: Rows, tokens: Rows) -> list[slice]:
+    """Of each row, the positions whose logits choose its new tokens, counted through all rows."""
+    slices, end = [], 0
+    for prompt, new in zip(prompts, tokens, strict=True):
+        end += len(prompt) + len(new) - 1
+        slices.append(slice(end - len(new), end))
+    return slices
+
+
+def _pass(weights: Weights, prompts: Rows, tokens: Rows, ops: Ops = OPS) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits, and keys and values by trace point, at every position of every row, rows one after the other."""
+    token_ids_BT, positions_BT = left_padded([[*prompt, *new[:-1]] for prompt, new in zip(prompts, tokens, strict=True)])
+    there_BT = positions_BT >= 0
+    place_BT = there_BT.cumsum().reshape(there_BT.shape) - 1
+    cache = KVCache(weights.config, len(token_ids_BT), Float(weights.dtype))
+    logits_PV = np.empty((np.count_nonzero(there_BT), weights.config.vocab_size), weights.dtype)
+    chunk = max(1, TOKENS_A_PASS // len(token_ids_BT))
+    for columns, logits_BTV in teacher_forced(weights, token_ids_BT, positions_BT, cache, chunk=chunk, ops=ops):
+        logits_PV[place_BT[:, columns][there_BT[:, columns]]] = logits_BTV[there_BT[:, columns]]
+    caches = {}
+    for layer in range(weights.config.num_hidden_layers):
+        for name, x_BKSH in zip("kv", cache.read(layer, weights.dtype), strict=True):
+            caches[f"layers.{layer}.self_attn.{name}_cache"] = x_BKSH.swapaxes(1, 2)[there_BT].reshape(len(logits_PV), -1)
+    return logits_PV, caches
+
+
+def save_reference(path: Path, run: ReferenceRun, model_sha256: str) -> None:
+    """Writes a reference run to one `.npz` file, to be used again by `load_reference`."""
+    arrays = {"header": np.array(json.dumps({"format": 1, "model_sha256": model_sha256, "prompts": _lists(run.prompts), "tokens": _lists(run.tokens)}))}
+    arrays["flips_P"] = run.flips_P
+    for name, measured in {"lm_head": run.logits, **run.caches}.items():
+        arrays[f"{name}/value64"] = measured.value64_PX
+        arrays[f"{name}/rms"] = measured.noise.rms_P
+        arrays[f"{name}/bounds"] = np.array([measured.noise.overall_bound, measured.noise.position_bound])
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def load_reference(path: Path, model_sha256: str, prompts: Rows, max_new_tokens: int) -> ReferenceRun:
+    """Reads a saved reference run.
+
+    Raises:
+        InputError: the file is not one, or is of another model, other prompts or another number of new tokens.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            header = json.loads(str(file["header"]))
+            arrays = {name: file[name] for name in file.files if name != "header"}
+            flips_P = arrays.pop("flips_P")
+            names = sorted({name.rsplit("/", 1)[0] for name in arrays})
+            measured = {
+                name: Measured(arrays[f"{name}/value64"], Noise(arrays[f"{name}/rms"], *map(float, arrays[f"{name}/bounds"])))
+                for name in names
+            }
+            run = ReferenceRun(header["prompts"], header["tokens"], measured.pop("lm_head"), flips_P, measured)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+        raise InputError(f"{path}: not a saved reference run ({error}); make one with --save-reference") from error
+    if header["model_sha256"] != model_sha256:
+        raise InputError(f"{path}: made from another model (sha256 {header['model_sha256'][:12]}, this one {model_sha256[:12]}); make it again with --save-reference")
+    if run.prompts != _lists(prompts):
+        raise InputError(f"{path}: made from other prompts; use the same ones, or make it again with --save-reference")
+    if any(len(new) != max_new_tokens for new in run.tokens):
+        raise InputError(f"{path}: made with --max-new-tokens {len(run.tokens[0])}, asked for {max_new_tokens}; make it again with --save-reference")
+    return run
+
+
+def _lists(rows: Rows) -> list[list[int]]:
+    return [[int(token) for token in row] for row in rows]

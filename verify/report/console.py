@@ -1,0 +1,118 @@
+"""The console report: verdict, cause, what to do, then the figures. Plain text when not on a terminal."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from verify.report.result import Cell, Report
+
+COLOURS = {"equal": "green", "drift": "yellow", "mismatch": "red", "no-verdict": "magenta"}
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Prints a comparison. The first line is the verdict, the second the cause, the third what to do."""
+    colour = COLOURS[report.verdict]
+    console.print(f"[bold {colour}]{report.verdict}[/]: {escape(_verdict(report))}", soft_wrap=True, highlight=False)
+    console.print(f"cause: {escape(_cause(report))}", soft_wrap=True, highlight=False)
+    console.print(f"to do: {escape(_to_do(report))}", soft_wrap=True, highlight=False)
+    console.print()
+    _print_subject(report, console)
+    console.print(_table(report.cells))
+    for cell in report.cells:
+        _print_details(cell, console)
+    for note in report.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
+    for hidden in report.not_revealed:
+        console.print(f"not revealed: {escape(hidden)}", soft_wrap=True, highlight=False)
+
+
+def _verdict(report: Report) -> str:
+    if report.verdict == "equal":
+        compared = sum(cell.tokens.compared for cell in report.cells if cell.tokens)
+        ties = sum(cell.tokens.ties for cell in report.cells if cell.tokens)
+        tied = f" ({ties} of them ties within the noise)" if ties else ""
+        return f"all {compared} tokens of {len(report.cells)} runs are the checkpoint's{tied}, and the logits are honest float32"
+    where = ", ".join(f"{cell.runtime} with cache {cell.cache}" for cell in report.cells if cell.verdict == report.verdict)
+    return {
+        "drift": f"every token is right, but the logits are further off than float32 explains, on {where}",
+        "mismatch": f"tokens differ that float32 noise cannot explain, on {where}",
+        "no-verdict": f"the candidate could not be run to the end, on {where}",
+    }[report.verdict]
+
+
+def _cause(report: Report) -> str:
+    reason = next((cell.reason for cell in report.cells if cell.reason), None)
+    if report.verdict == "no-verdict" and reason:
+        return reason
+    return "none to look for" if report.diagnosis == "none" else "not known (this release does not search for causes)"
+
+
+def _to_do(report: Report) -> str:
+    if report.verdict == "equal":
+        return "nothing"
+    if report.verdict == "no-verdict":
+        return "put right what the cause names, or compare on another runtime (--runtime)"
+    runs = {(cell.cache, cell.verdict == "equal") for cell in report.cells}
+    if ("off", True) in runs and ("on", False) in runs:
+        return "look at the cache first: without it the export is equal"
+    return "compare with --runtime ort-cpu too: if it is equal there, the provider is at fault, otherwise the export"
+
+
+def _print_subject(report: Report, console: Console) -> None:
+    lines = Table.grid(padding=(0, 2))
+    lines.add_row("model", f"{escape(report.model.path)} ({report.model.model_type}, sha256 {report.model.sha256[:12]})")
+    lines.add_row("candidate", f"{escape(report.candidate.path)} ({escape(report.candidate.exporter)}, sha256 {report.candidate.sha256[:12]})")
+    lines.add_row("prompts", f"{report.prompts}, {report.max_new_tokens} new tokens each")
+    console.print(lines)
+    console.print()
+
+
+def _table(cells: Sequence[Cell]) -> Table:
+    table = Table(pad_edge=False)
+    for heading, right in (("runtime", False), ("cache", False), ("batch", True), ("verdict", False), ("tokens equal", True),
+                           ("noise ratio (bound)", True), ("worst (bound)", True), ("seconds", True)):
+        table.add_column(heading, justify="right" if right else "left")
+    for cell in cells:
+        verdict = f"[{COLOURS[cell.verdict]}]{cell.verdict}[/]"
+        if cell.tokens is None or cell.noise_ratio is None or cell.seconds is None:
+            table.add_row(cell.runtime, cell.cache, str(cell.batch_size), verdict, "", "", "", "")
+            continue
+        noise = cell.noise_ratio
+        table.add_row(
+            cell.runtime, cell.cache, str(cell.batch_size), verdict, f"{cell.tokens.equal}/{cell.tokens.compared}",
+            f"{_figure(noise.logits)} ({_figure(noise.bound)})",
+            f"{_figure(noise.worst_position.ratio)} ({_figure(noise.position_bound)})", f"{cell.seconds.candidate:.1f}",
+        )
+    return table
+
+
+def _print_details(cell: Cell, console: Console) -> None:
+    name = f"{cell.runtime}, cache {cell.cache}: "
+    lines = []
+    if cell.reason:
+        lines.append(cell.reason)
+    if cell.tokens and cell.tokens.first_mismatch:
+        first = cell.tokens.first_mismatch
+        lines.append(f"first mismatch in row {first.row} at step {first.step}: expected token {first.expected}, found {first.actual}, "
+                     f"which the reference gives {_figure(first.margin)} less")
+    if cell.noise_ratio and cell.noise_ratio.cache:
+        point, ratio = max(cell.noise_ratio.cache.items(), key=lambda item: item[1])
+        lines.append(f"of the cache, {point} is noisiest: {_figure(ratio)}")
+    lines += [f"{key}: {value}" for key, value in _effective(cell.settings).items()]
+    for line in lines:
+        console.print(escape(name + line), soft_wrap=True, highlight=False)
+
+
+def _effective(settings: Mapping[str, Mapping[str, object]]) -> Mapping[str, object]:
+    """The settings that a reader wants on the console: who ran the nodes."""
+    return {key: value for key, value in settings.get("effective", {}).items() if key == "nodes"}
+
+
+def _figure(value: float) -> str:
+    """Three significant digits, without an exponent: 0.97, 1.06, 311, 457 000."""
+    if value != value or value in (float("inf"), float("-inf")):
+        return str(value)
+    digits = f"{value:.3g}"
+    return f"{float(digits):,.0f}".replace(",", " ") if abs(value) >= 1000 else digits

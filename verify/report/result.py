@@ -1,0 +1,142 @@
+"""The result of a comparison, as data. Fields are those of the JSON report."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Verdict = Literal["equal", "drift", "mismatch", "no-verdict"]
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class FirstMismatch:
+    """The first step at which the candidate chose another token, the noise not explaining it.
+
+    `margin` is by how much the reference prefers its own token, in logits.
+    """
+
+    row: int
+    step: int
+    expected: int
+    actual: int
+    margin: float
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Greedy choices compared: `ties` are those that differ within the noise floor, judged on the reference's margin."""
+
+    compared: int
+    equal: int
+    ties: int
+    first_mismatch: FirstMismatch | None
+
+
+@dataclass(frozen=True)
+class Worst:
+    """Where the noise ratio is largest: a trace point, and the row and position in it."""
+
+    point: str
+    row: int
+    position: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class NoiseRatio:
+    """The candidate's error in units of honest float32 noise.
+
+    Attributes:
+        logits: over all positions together.
+        bound: up to where `logits` counts as honest.
+        worst_position: of the logits, the position with the largest ratio.
+        position_bound: up to where that counts as honest.
+        cache: over all positions of each layer's keys and values, by trace point; empty where the export gives none.
+        worst: the largest ratio at any position of any point compared.
+    """
+
+    logits: float
+    bound: float
+    worst_position: Worst
+    position_bound: float
+    cache: Mapping[str, float]
+    worst: Worst
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall time spent in each side."""
+
+    candidate: float
+    reference: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One runtime in one cache mode. Where there is no verdict, `reason` says why and the figures are None."""
+
+    runtime: str
+    cache: Literal["on", "off"]
+    settings: Mapping[str, Mapping[str, Any]]
+    verdict: Verdict
+    batch_size: int
+    tokens: Tokens | None = None
+    noise_ratio: NoiseRatio | None = None
+    seconds: Seconds | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """The checkpoint compared against."""
+
+    path: str
+    model_type: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The candidate's file."""
+
+    path: str
+    exporter: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole comparison.
+
+    Attributes:
+        notes: what the reader has to know of how it was compared (rows fed one by one, an export without a cache).
+        not_revealed: what these prompts could not have shown.
+    """
+
+    model: Model
+    candidate: Exported
+    prompts: int
+    max_new_tokens: int
+    cells: tuple[Cell, ...]
+    notes: tuple[str, ...] = ()
+    not_revealed: tuple[str, ...] = ()
+    location: None = None
+    causes: tuple[()] = ()
+    schema: int = field(default=SCHEMA)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of the cells: a mismatch before drift, before a cell without a verdict."""
+        verdicts = {cell.verdict for cell in self.cells}
+        order: tuple[Verdict, ...] = ("mismatch", "drift", "no-verdict", "equal")
+        return next(verdict for verdict in order if verdict in verdicts)
+
+    @property
+    def diagnosis(self) -> Literal["none", "unexplained"]:
+        """Whether there is something to explain. This release does not look for causes."""
+        return "unexplained" if self.verdict in ("drift", "mismatch") else "none"
+
+    @property
+    def exit_code(self) -> int:
+        """0 equal, 1 drift or mismatch, 3 no verdict."""
+        return {"equal": 0, "drift": 1, "mismatch": 1, "no-verdict": 3}[self.verdict]

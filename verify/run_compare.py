@@ -1,0 +1,140 @@
+"""`python -m verify compare` from its options to its report."""
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from refengine.checkpoint import Checkpoint, open_checkpoint
+from refengine.errors import InputError
+from refengine.tokenizer import encode_prompt, load_tokenizer
+from verify.candidates.onnx_file import describe
+from verify.compare import CacheMode, Comparison, Request, batch_size_for, not_revealed, notes_on
+from verify.embedded import embedded_model
+from verify.feeds import check_same_model
+from verify.files import replacing, sha256_of
+from verify.prompts import BUILT_IN, check_prompts, read_prompts
+from verify.reference import Reference, load_reference, save_reference
+from verify.report.as_json import as_json
+from verify.report.console import print_report
+from verify.report.result import Cell, Exported, Model, Report
+from verify.runtimes import RUNTIMES
+
+MODES: dict[str, tuple[CacheMode, ...]] = {"both": ("off", "on"), "on": ("on",), "off": ("off",)}
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    """Compares, prints the report, writes what was asked for, and returns the exit code."""
+    if options.model is not None and options.candidate is None:
+        raise InputError("compare: expected MODEL and CANDIDATE, or neither; found MODEL alone")
+    with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
+        checkpoint = open_checkpoint(options.model or embedded_model())
+        candidate = options.candidate or _embedded_export(checkpoint, Path(temporary))
+        report = _report(options, checkpoint, candidate)
+    if options.json == "-":
+        print(as_json(report), end="")
+        print_report(report, Console(stderr=True))
+    else:
+        print_report(report, Console())
+    if options.json not in (None, "-"):
+        with replacing(Path(options.json)) as unfinished:
+            unfinished.write_text(as_json(report), encoding="utf-8")
+    return report.exit_code
+
+
+def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> Report:
+    request = _request(options, checkpoint)
+    settings = _provider_options(options.provider_option)
+    described = describe(path)
+    model = Model(str(checkpoint.path), checkpoint.config.model_type, sha256_of(*checkpoint.files))
+    saved = None
+    if options.reference is not None:
+        saved = load_reference(options.reference, model.sha256, request.prompts, request.max_new_tokens)
+    cells: list[Cell] = []
+    notes: list[str] = []
+    padded = False
+    with _progress() as progress:
+        reference = Reference(checkpoint, lambda what: progress.begin(what, None))
+        comparison = Comparison(reference, request, progress, saved)
+        for runtime in options.runtime or ["ort-openvino"]:
+            progress.begin(f"opening {path.name} on {runtime}", None)
+            candidate = RUNTIMES[runtime](described.path, runtime, settings, checkpoint.config)
+            check_same_model(candidate.interface, checkpoint.config)
+            cells += comparison.cells(candidate)
+            notes += notes_on(candidate, request)
+            padded |= batch_size_for(candidate, request) > 1 and len({len(prompt) for prompt in request.prompts}) > 1
+    if options.save_reference is not None and comparison.reference_run is not None:
+        save_reference(options.save_reference, comparison.reference_run, model.sha256)
+    return Report(
+        model, Exported(str(path), described.exporter, described.sha256), len(request.prompts), request.max_new_tokens,
+        tuple(cells), tuple(notes), tuple(not_revealed(checkpoint.config, request, padded)),
+    )
+
+
+def _request(options: argparse.Namespace, checkpoint: Checkpoint) -> Request:
+    prompts = _prompts(options, checkpoint)
+    check_prompts(prompts, checkpoint.config, options.max_new_tokens)
+    return Request(prompts, options.max_new_tokens, MODES[options.cache], options.batch_size)
+
+
+def _prompts(options: argparse.Namespace, checkpoint: Checkpoint) -> Sequence[Sequence[int]]:
+    @cache
+    def tokenizer() -> Any:
+        return load_tokenizer(checkpoint.path)  # not needed when every prompt comes as token ids
+
+    def encode(text: str) -> list[int]:
+        return encode_prompt(tokenizer(), text, chat=False)
+
+    if options.prompts is not None:
+        return read_prompts(options.prompts, encode)
+    return [encode(text) for text in options.prompt or BUILT_IN]
+
+
+def _provider_options(given: Sequence[str]) -> dict[str, str]:
+    pairs = [option.partition("=") for option in given]
+    wrong = next((option for option, (key, equals, _) in zip(given, pairs, strict=True) if not key or not equals), None)
+    if wrong is not None:
+        raise InputError(f"--provider-option: expected KEY=VALUE, found {wrong!r}")
+    return {key: value for key, _, value in pairs}
+
+
+def _embedded_export(checkpoint: Checkpoint, directory: Path) -> Path:
+    """An export of the embedded model, made on the spot."""
+    from verify.export import export_decoder
+
+    out = directory / "model.onnx"
+    export_decoder(checkpoint, out)
+    return out
+
+
+class _Bars:
+    """Progress bars on standard error: one line that is replaced as the work goes on, and nothing when nobody looks."""
+
+    def __init__(self, bars: Progress):
+        self.bars = bars
+        self.task: TaskID | None = None
+
+    def begin(self, what: str, steps: int | None) -> None:
+        """Shows `what` in place of what was shown before."""
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+        self.task = self.bars.add_task(what, total=steps)
+
+    def advance(self, steps: int) -> None:
+        """Moves the bar on."""
+        if self.task is not None:
+            self.bars.advance(self.task, steps)
+
+
+@contextmanager
+def _progress() -> Iterator[_Bars]:
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield _Bars(bars)
