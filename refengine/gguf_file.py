@@ -124,8 +124,6 @@ def _line(error: Exception) -> str:
 
 def _contents(field: "ReaderField") -> Any:
     value = field.contents()
-    return (
-        float(str(np.float32(value)))
-        if isinstance(value, float) and field.parts[-1].dtype == np.float32
-        else value
-    )
+    if isinstance(value, float) and field.parts[-1].dtype == np.float32:
+        return float(str(np.float32(value)))
+    return value

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # values of tokenizer.ggml.token_type
-LIBRARY_ERRORS = (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -145,16 +144,17 @@ def _add_tokens(backend: "Tokenizer", described: Mapping[str, Any]) -> None:
 
     wanted = [end for end in ("bos", "eos") if described.get(f"add_{end}_token")]
     ids = {end: described[f"{end}_token_id"] for end in wanted if f"{end}_token_id" in described}
-    around = {end: described["tokens"][token] for end, token in ids.items()}
-    single = [piece for piece in (around.get("bos"), "$A", around.get("eos")) if piece is not None]
-    named = [(around[end], token) for end, token in ids.items()]
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=named)
+    if ids:
+        around = {end: described["tokens"][token] for end, token in ids.items()}
+        single = [piece for piece in (around.get("bos"), "$A", around.get("eos")) if piece is not None]
+        named = [(around[end], token) for end, token in ids.items()]
+        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=named)
 
 
 class TokenizerErrors:
     """Turns what the tokenizer libraries raise on damaged files into an InputError that names the file.
 
-    No `except` clause will do: `tokenizers` raises the bare class Exception, and catching it catches all.
+    There is no narrower class to expect: `tokenizers` raises the bare Exception, transformers a dozen kinds.
     """
 
     def __init__(self, path: Path):
@@ -166,7 +166,7 @@ class TokenizerErrors:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error and (kind is Exception or isinstance(error, LIBRARY_ERRORS)):
+        if isinstance(error, Exception) and not isinstance(error, InputError):
             raise InputError(
                 f"{self.path}: the tokenizer cannot be read ({one_line(error)}); copy or download it again"
             ) from error

@@ -61,8 +61,12 @@ def _from_directory(path: Path) -> "PreTrainedTokenizerBase":
         raise InputError(
             f"{path}: no tokenizer.json; copy the tokenizer's files here from the model's source"
         )
-    with TokenizerErrors(path):
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+    # tokenizer.json says everything. AutoTokenizer would read config.json too, refuse some that are sound,
+    # and for some families build another tokenizer than the file describes.
+    whole = (path / "tokenizer.json").is_file()
+    loader = transformers.PreTrainedTokenizerFast if whole else transformers.AutoTokenizer
+    with TokenizerErrors(path), _without_notices("transformers.tokenization_utils_base"):
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
     return tokenizer
@@ -117,7 +121,10 @@ def _transformers(path: Path) -> Any:
 
 @contextmanager
 def _without_notices(logger: str) -> Iterator[None]:
-    """Drops what one logger says: transformers greets whoever has no torch with a warning, of no use here."""
+    """Drops what one logger says.
+
+    Transformers warns whoever has no torch, and of a tokenizer read as its file has it, not by its class.
+    """
 
     def drop(record: logging.LogRecord) -> bool:
         return False

@@ -6,20 +6,24 @@ from pathlib import Path
 
 from refengine.errors import InputError
 from verify.candidates import Settings
-from verify.candidates.onnx_file import OnnxFile, read_onnx
-from verify.feeds import Interface, interface_of
+from verify.candidates.onnx_file import OnnxFile, describe
+from verify.interface import Interface, interface_of
 
 
 @dataclass(frozen=True)
 class Inspection:
     """What an export says of itself and, with a runtime, what that does with it.
 
-    `interface` is None when the export is no decoder that can be fed; `why_not` then says why in one line. `query_heads` is
-    None where the graph does not show it. `runtime` and `settings` are None when none was asked for.
+    Attributes:
+        file: the file and what is in it.
+        interface: None when the export is no decoder that can be fed.
+        why_not: then says why, in one line.
+        query_heads: None where the graph does not show it.
+        runtime: None when none was asked for.
+        settings: what the runtime says that it does; None without one.
     """
 
     file: OnnxFile
-    sha256: str
     interface: Interface | None
     why_not: str | None
     query_heads: int | None
@@ -30,13 +34,14 @@ class Inspection:
 def inspect(
     path: str | Path, runtime: str | None = None, provider_options: Mapping[str, str] | None = None
 ) -> Inspection:
-    """Reads an ONNX export without its checkpoint and, when a runtime is named, opens it there to see who runs what.
+    """Reads an ONNX export without its checkpoint; with a runtime, opens it there to see who runs what.
 
     Raises:
         InputError: the file cannot be read or is not whole.
-        RuntimeMissing, NoVerdict: the runtime is not installed, or cannot open it.
+        RuntimeMissing: a package that is needed, or the provider, is not installed.
+        NoVerdict: the runtime cannot open it.
     """
-    file = read_onnx(path)
+    file = describe(path)
     interface, why_not = None, None
     try:
         interface = interface_of(file.inputs, file.outputs)
@@ -48,4 +53,4 @@ def inspect(
 
         _, settings = open_session(file, runtime, provider_options or {})
     query_heads = file.query_heads(interface.head_dim if interface else None)
-    return Inspection(file, file.sha256(), interface, why_not, query_heads, runtime, settings)
+    return Inspection(file, interface, why_not, query_heads, runtime, settings)

@@ -3,9 +3,10 @@
     noise_ratio = rms(candidate - reference64) / rms(reference32 - reference64)
 
 A ratio near 1 is what any float32 implementation has. One float32 run is one draw of that noise, so `reference32` stands
-for several: the reference in *equivalent orders*, the same mathematics rounded elsewhere, pooled. How far one order may
-lie from the pool is not chosen but measured, on the same tokens: the bound is the largest ratio of any order, times two. A
-candidate may be less accurate than the least accurate honest order by one bit, and no more.
+for several: the reference in *equivalent orders*, the same mathematics rounded elsewhere, pooled. How far an honest
+implementation may lie from the pool is not chosen but measured, on the same tokens: each order in turn is held against
+the pool of the others, as a candidate is. The bound is the largest of those ratios, times two: a candidate may be less
+accurate than the least accurate honest order by one bit, and no more.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,11 +41,15 @@ class Noise:
     def of(cls, errors: Sequence[np.ndarray], reference64_PX: np.ndarray) -> "Noise":
         """From the error of each equivalent order at each position, root mean squares as `rms(..., axis=-1)` gives them."""
         rounding_P = HALF_ULP * rms(reference64_PX, axis=-1) + np.finfo(np.float64).tiny
-        rms_P = np.maximum(rms(np.stack(errors), axis=0), rounding_P)
+
+        def pooled(some: Sequence[np.ndarray]) -> np.ndarray:
+            return np.maximum(rms(np.stack(some), axis=0), rounding_P)
+
+        others = [(error_P, pooled([other for other in errors if other is not error_P])) for error_P in errors]
         return cls(
-            rms_P,
-            overall_bound=ONE_BIT * max(float(rms(error_P) / rms(rms_P)) for error_P in errors),
-            position_bound=ONE_BIT * max(float((error_P / rms_P).max()) for error_P in errors),
+            pooled(errors),
+            overall_bound=ONE_BIT * max(float(rms(error_P) / rms(rms_P)) for error_P, rms_P in others),
+            position_bound=ONE_BIT * max(float((error_P / rms_P).max()) for error_P, rms_P in others),
         )
 
 
@@ -115,6 +120,8 @@ EQUIVALENT_ORDERS: Mapping[str, Ops] = {
         silu_gate=silu_gate_by_sigmoid,
     ),
     "sums in two halves": replace(OPS, linear=linear_in_two_halves, rope_table=rope_table_in_its_dtype),
-    "sums in blocks": replace(OPS, linear=linear_in_blocks, attend=attend_with_probabilities),
+    "sums in blocks": replace(
+        OPS, linear=linear_in_blocks, rope_table=rope_table_in_its_dtype, attend=attend_with_probabilities,
+    ),
 }
 

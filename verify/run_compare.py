@@ -17,7 +17,6 @@ from refengine.tokenizer import encode_prompt, load_tokenizer
 from verify.candidates.onnx_file import describe
 from verify.compare import CacheMode, Comparison, Request, batch_size_for, not_revealed, notes_on
 from verify.embedded import embedded_model
-from verify.feeds import check_same_model
 from verify.files import replacing, sha256_of
 from verify.prompts import BUILT_IN, check_prompts, read_prompts
 from verify.reference import Reference, load_reference, save_reference
@@ -51,7 +50,7 @@ def run_compare(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> Report:
     request = _request(options, checkpoint)
     settings = _provider_options(options.provider_option)
-    described = describe(path)
+    file = describe(path)
     model = Model(str(checkpoint.path), checkpoint.config.model_type, sha256_of(*checkpoint.files))
     saved = None
     if options.reference is not None:
@@ -64,15 +63,14 @@ def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> 
         comparison = Comparison(reference, request, progress, saved)
         for runtime in options.runtime or ["ort-openvino"]:
             progress.begin(f"opening {path.name} on {runtime}", None)
-            candidate = RUNTIMES[runtime](described.path, runtime, settings, checkpoint.config)
-            check_same_model(candidate.interface, checkpoint.config)
+            candidate = RUNTIMES[runtime](file.path, runtime, settings, checkpoint.config)
             cells += comparison.cells(candidate)
             notes += notes_on(candidate, request)
             padded |= batch_size_for(candidate, request) > 1 and len({len(prompt) for prompt in request.prompts}) > 1
     if options.save_reference is not None and comparison.reference_run is not None:
         save_reference(options.save_reference, comparison.reference_run, model.sha256)
     return Report(
-        model, Exported(str(path), described.exporter, described.sha256), len(request.prompts), request.max_new_tokens,
+        model, Exported(str(file.path), file.exporter, file.sha256), len(request.prompts), request.max_new_tokens,
         tuple(cells), tuple(notes), tuple(not_revealed(checkpoint.config, request, padded)),
     )
 

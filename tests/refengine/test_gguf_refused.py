@@ -161,6 +161,19 @@ def test_a_truncated_file_is_refused_wherever_it_ends(
         GgufCheckpoint(path)
 
 
+@pytest.mark.parametrize("key", ["tokenizer.ggml.token_type", "tokenizer.ggml.tokens"])
+@pytest.mark.parametrize("count", [2**20, 2**62], ids=["a-million", "absurd"])
+def test_a_list_that_claims_to_go_past_the_end_of_the_file_is_refused_at_once(
+    tmp_path: Path, whole: bytes, key: str, count: int
+) -> None:
+    path = tmp_path / "model.gguf"
+    at = whole.index(key.encode() + b"\t") + len(key) + 8  # after the key: a list, of what, and how many
+    assert int.from_bytes(whole[at : at + 8], "little") == V
+    path.write_bytes(whole[:at] + count.to_bytes(8, "little") + whole[at + 8 :])
+    with pytest.raises(CheckpointError, match=rf"it has {len(whole)} bytes, its header speaks of byte \d+"):
+        GgufCheckpoint(path)
+
+
 @given(data=st.data())
 def test_a_lying_header_is_refused_or_harmless_never_a_traceback(
     tmp_path_factory: pytest.TempPathFactory, whole: bytes, data: st.DataObject

@@ -1,6 +1,7 @@
 """However a prompt is cut, padded, batched and cached, its logits are those of its row alone in one pass."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from refengine import weights as weights_module
 from refengine.generate import generate, left_padded, new_cache, teacher_forced
 from refengine.kvcache import Float, KVCache
 from refengine.model import forward
+from refengine.ops import OPS, Ops
 from refengine.trace import Recorder, trace_points
 from refengine.weights import Weights
 from tests.checkpoints import write_checkpoint
@@ -170,6 +172,31 @@ def greedy(weights: Weights, prompt: list[int], steps: int) -> list[int]:
     while len(new) < steps and not (new and new[-1] in weights.config.eos_token_id):
         new.append(int(one_shot(weights, prompt + new)[-1].argmax()))
     return new
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_operator_is_given_or_gives_floats_of_another_dtype_than_the_weights(
+    dtype: type, tmp_path: Path
+) -> None:
+    weights = opened(written(tmp_path, attention_bias=True, mlp_bias=True), dtype=dtype)
+    seen: dict[str, set[np.dtype]] = {}
+
+    def watched(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            result = operator(*arguments)
+            given_or_got = [*arguments, *(result if isinstance(result, tuple) else [result])]
+            floats = {x.dtype for x in given_or_got if isinstance(x, np.ndarray) and x.dtype.kind == "f"}
+            seen.setdefault(name, set()).update(floats)
+            return result
+
+        return call
+
+    ops = Ops(**{field.name: watched(field.name, getattr(OPS, field.name)) for field in fields(OPS)})
+    kept = new_cache(weights, 2)
+    for columns in (slice(0, 3), slice(3, 4)):
+        token_ids_BT, positions_BT = left_padded([[1, 2, 3, 4], [5, 6]])
+        forward(weights, token_ids_BT[:, columns], positions_BT[:, columns], kept, ops=ops)
+    assert seen == {field.name: {np.dtype(dtype)} for field in fields(OPS)}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

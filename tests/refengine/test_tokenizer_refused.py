@@ -10,7 +10,7 @@ import pytest
 from refengine.errors import CheckpointError, InputError, MissingPackage, TokensError
 from refengine.gguf_tokenizer import SPLITTINGS
 from refengine.tokenizer import encode_prompt, load_tokenizer
-from tests.refengine.gguf_files import (
+from tests.refengine.tokenizer_files import (
     NORMAL,
     byte_level_file,
     train_byte_level,

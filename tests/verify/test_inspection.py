@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from refengine.checkpoint import open_checkpoint
 from refengine.errors import InputError
 from tests.checkpoints import TINY, write_checkpoint
-from verify.candidates.onnx_file import WeightTotal, find_onnx, read_onnx
+from verify.candidates.onnx_file import WeightTotal, find_onnx, describe
 from verify.export import export_decoder
 from verify.inspection import inspect
 
@@ -96,7 +96,7 @@ def test_its_weights_are_counted_by_dtype(export):
     floats = [
         numpy_helper.to_array(tensor) for tensor in initializers if tensor.data_type == TensorProto.FLOAT
     ]
-    assert read_onnx(export).weights["float32"] == WeightTotal(
+    assert describe(export).weights["float32"] == WeightTotal(
         len(floats), sum(a.size for a in floats), sum(a.nbytes for a in floats)
     )
 
@@ -110,7 +110,7 @@ def test_four_bit_weights_take_half_a_byte(tmp_path):
         helper.make_tensor("codes", TensorProto.UINT4, [5, 3], bytes(8), raw=True)
     )
     onnx.save(stored, model)
-    assert read_onnx(model).weights == {"float32": WeightTotal(1, 2400, 9600), "uint4": WeightTotal(1, 15, 8)}
+    assert describe(model).weights == {"float32": WeightTotal(1, 2400, 9600), "uint4": WeightTotal(1, 15, 8)}
 
 
 def test_weights_and_operators_inside_branches_and_functions_are_counted(tmp_path):
@@ -132,7 +132,7 @@ def test_weights_and_operators_inside_branches_and_functions_are_counted(tmp_pat
     )
     graph = helper.make_graph([choose], "g", [], [])
     onnx.save(helper.make_model(graph, functions=[function]), tmp_path / "m.onnx")
-    file = read_onnx(tmp_path / "m.onnx")
+    file = describe(tmp_path / "m.onnx")
     assert file.operators == {"Add": 2, "If": 1, "Mul": 1}
     assert file.weights == {"float16": WeightTotal(2, 6, 12)}
 
@@ -167,7 +167,7 @@ def test_query_heads_are_read_from_o_proj_in_every_layout(tmp_path, layout):
             block_size=32,
         )
         weight = np.zeros((40, 2, 16), np.uint8)
-    file = read_onnx(linear_model(tmp_path / "m.onnx", node, np.ascontiguousarray(weight), *others))
+    file = describe(linear_model(tmp_path / "m.onnx", node, np.ascontiguousarray(weight), *others))
     assert file.query_heads(HEAD_DIM) == HEADS
     assert file.query_heads(None) is None
     assert file.query_heads(7) is None
@@ -177,7 +177,7 @@ def test_query_heads_are_read_from_an_attention_operator(tmp_path):
     node = helper.make_node(
         "GroupQueryAttention", ["x"], ["y"], domain="com.microsoft", num_heads=9, kv_num_heads=3
     )
-    file = read_onnx(linear_model(tmp_path / "m.onnx", node, None))
+    file = describe(linear_model(tmp_path / "m.onnx", node, None))
     assert file.query_heads(None) == 9
     assert file.operators == {"com.microsoft.GroupQueryAttention": 1}
 
@@ -188,8 +188,8 @@ def test_the_exporter_is_named_as_the_file_names_it(tmp_path, export):
         helper.make_node("MatMul", ["x", "weight"], ["y"]),
         np.zeros((60, 40), np.float32),
     )
-    assert read_onnx(path).exporter == "hand 1.0"
-    assert read_onnx(export).exporter == onnx.load(export).producer_name
+    assert describe(path).exporter == "hand 1.0"
+    assert describe(export).exporter == onnx.load(export).producer_name
 
 
 def test_a_model_that_is_no_decoder_is_inspected_and_says_why_not(tmp_path):
@@ -214,10 +214,10 @@ def test_with_a_runtime_it_says_who_runs_what(export, runtime):
 
 
 def test_the_hash_covers_the_graph_and_its_external_files(external):
-    file = read_onnx(external)
+    file = describe(external)
     both = external.read_bytes() + (external.parent / "weights.data").read_bytes()
     assert file.external_files == (external.parent / "weights.data",)
-    assert file.sha256() == hashlib.sha256(both).hexdigest()
+    assert file.sha256 == hashlib.sha256(both).hexdigest()
 
 
 @pytest.mark.parametrize("place", ["model.onnx", "onnx/model.onnx", "decoder.onnx"])
@@ -269,7 +269,7 @@ def test_what_is_no_onnx_file_is_refused(tmp_path):
         (tmp_path, "no model.onnx"),
     ):
         with pytest.raises(InputError, match=message):
-            read_onnx(path)
+            describe(path)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_what_is_no_onnx_file_is_refused(tmp_path):
 def test_a_file_that_holds_no_model_is_refused(tmp_path, content):
     (tmp_path / "model.onnx").write_bytes(content)
     with pytest.raises(InputError, match="model.onnx: (not a whole ONNX file|expected an ONNX model)"):
-        read_onnx(tmp_path / "model.onnx")
+        describe(tmp_path / "model.onnx")
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -302,21 +302,21 @@ def test_a_damaged_file_gives_an_input_error_or_a_reading_and_nothing_else(exter
 def test_external_data_outside_the_directory_are_refused(external, location):
     name = rewrite(external, "location", location)
     with pytest.raises(InputError, match="leaves the model's directory") as caught:
-        read_onnx(external)
+        describe(external)
     assert name in str(caught.value)
 
 
 def test_external_data_that_are_missing_are_named(external):
     (external.parent / "weights.data").unlink()
     with pytest.raises(InputError, match="weights.data: no such file, although model.onnx keeps the weights"):
-        read_onnx(external)
+        describe(external)
 
 
 def test_external_data_that_are_cut_short_are_named(external):
     data = external.parent / "weights.data"
     data.write_bytes(data.read_bytes()[:-1])
     with pytest.raises(InputError, match="weights.data: expected at least .* cut short"):
-        read_onnx(external)
+        describe(external)
 
 
 @pytest.mark.parametrize(
@@ -326,4 +326,4 @@ def test_external_data_that_are_cut_short_are_named(external):
 def test_external_data_that_are_described_wrongly_are_refused(external, key, value):
     rewrite(external, key, value)
     with pytest.raises(InputError, match="external data of|cut short"):
-        read_onnx(external)
+        describe(external)

@@ -1,6 +1,7 @@
 """The console report: verdict, cause, what to do, then the figures. Plain text when not on a terminal."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -100,14 +101,15 @@ def _print_details(cell: Cell, console: Console) -> None:
     if cell.noise_ratio and cell.noise_ratio.cache:
         point, ratio = max(cell.noise_ratio.cache.items(), key=lambda item: item[1])
         lines.append(f"of the cache, {point} is noisiest: {_figure(ratio)}")
-    lines += [f"{key}: {value}" for key, value in _effective(cell.settings).items()]
+    lines += _nodes(cell.settings.get("effective", {}).get("providers", {}))
     for line in lines:
         console.print(escape(name + line), soft_wrap=True, highlight=False)
 
 
-def _effective(settings: Mapping[str, Mapping[str, object]]) -> Mapping[str, object]:
-    """The settings that a reader wants on the console: who ran the nodes."""
-    return {key: value for key, value in settings.get("effective", {}).items() if key == "nodes"}
+def _nodes(providers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Who ran how many nodes, once for each runtime that says so."""
+    ran = [f"{name} ran {said['nodes']} nodes" for name, said in providers.items() if said["nodes"]]
+    return [", ".join(ran)] if ran else []
 
 
 def _figure(value: float) -> str:
