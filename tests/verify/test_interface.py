@@ -33,7 +33,7 @@ def test_the_cache_is_found_in_every_spelling_and_order_with_layer_10_after_laye
     ]
     sizes = (interface.kv_heads, interface.head_dim, interface.vocab_size, interface.cache_dtype)
     assert sizes == (K, H, V, "float32")
-    assert (interface.has_cache, interface.has_position_ids, interface.has_attention_mask) == (True, True, True)
+    assert all([interface.has_cache, interface.has_position_ids, interface.has_attention_mask])
 
 
 def test_each_output_is_carried_to_the_input_of_the_same_layer_and_kind():
@@ -50,7 +50,8 @@ def test_sizes_that_the_export_leaves_open_come_from_the_configuration():
 
 
 def test_sizes_that_the_export_declares_are_kept_whatever_the_configuration_says():
-    assert cached_interface(kv_heads=3, head_dim=8).resolved(CONFIG) == cached_interface(kv_heads=3, head_dim=8)
+    interface = cached_interface(kv_heads=3, head_dim=8)
+    assert interface.resolved(CONFIG) == interface
 
 
 def test_a_size_that_only_the_outputs_declare_is_taken_from_them():
@@ -70,7 +71,8 @@ def test_an_export_that_gives_a_present_but_takes_no_past_has_layers_and_no_cach
 
 
 def test_outputs_that_are_not_needed_are_left_alone():
-    interface = interface_of(inputs(), [*outputs(), Declared("hidden_states", "float32", ("b", "t", 40))])
+    hidden = Declared("hidden_states", "float32", ("b", "t", 40))
+    interface = interface_of(inputs(), [hidden, *outputs()])
     assert interface.layers == cached_interface().layers
 
 
@@ -171,6 +173,6 @@ def test_an_export_of_another_model_is_refused_with_both_sides_named(
 
 
 def test_a_cache_of_query_heads_is_explained():
-    explanation = "^candidate has 6 KV heads, checkpoint 2: its past was built with num_attention_heads where num_key"
+    explanation = "^candidate has 6 KV heads, checkpoint 2: its past was built with num_attention_heads where"
     with pytest.raises(InputError, match=explanation):
         check_same_model(cached_interface(kv_heads=6), CONFIG)

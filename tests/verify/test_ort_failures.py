@@ -64,7 +64,7 @@ def test_an_export_of_another_model_is_refused_with_its_path_and_both_sides(expo
 
 def test_other_query_heads_are_found_in_an_export_that_declares_no_heads(exports):
     other = Config.from_dict(TINY | {"num_attention_heads": 8})
-    with pytest.raises(InputError, match="candidate has 6 query heads, checkpoint 8: the export is of another"):
+    with pytest.raises(InputError, match="candidate has 6 query heads, checkpoint 8: the export is of"):
         OrtCandidate.open(exports["uncached"], "ort-cpu", {}, other)
 
 

@@ -166,7 +166,7 @@ def _import_onnxruntime(runtime: str) -> Any:
                              f"found {onnxruntime.__version__}: {INSTALL}")
     there = onnxruntime.get_available_providers()
     if provider not in there:
-        raise RuntimeMissing(f"{runtime}: the installed onnxruntime has {', '.join(there)} and no {provider}: "
+        raise RuntimeMissing(f"{runtime}: the installed onnxruntime has {', '.join(there)}, no {provider}: "
                              f"pip uninstall onnxruntime, then {INSTALL}")
     if sys.platform == "win32" and provider == OPENVINO:  # there it comes without OpenVINO's libraries
         # Source: onnxruntime.tools.add_openvino_win_libs, v1.24.1
