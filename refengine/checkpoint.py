@@ -94,13 +94,15 @@ class SafetensorsCheckpoint:
         return found
 
     def _tensors_by_name(self, shards: Mapping[str, Path] | list[Path], tensors: list[Path]) -> dict[str, Any]:
-        opened = [self._open(file) for file in tensors]
-        by_name = {name: handle for handle in opened for name in handle.keys()}  # noqa: SIM118
-        if isinstance(shards, Mapping):
-            for name, file in shards.items():
-                if name not in by_name:
-                    raise CheckpointError(f"{file}: no tensor {name!r}, although {INDEX} says that it is here")
-        return by_name
+        """Tensor name -> the open file that holds it: the one that the index says, where there is an index."""
+        opened = {file: self._open(file) for file in tensors}
+        names = {file: set(handle.keys()) for file, handle in opened.items()}
+        if not isinstance(shards, Mapping):
+            return {name: opened[file] for file in tensors for name in names[file]}
+        for name, file in shards.items():
+            if name not in names[file]:
+                raise CheckpointError(f"{file}: no tensor {name!r}, although {INDEX} says that it is here")
+        return {name: opened[file] for name, file in shards.items()}
 
     def _open(self, file: Path) -> Any:
         if not file.is_file():
@@ -141,14 +143,15 @@ def _inside(directory: Path, file: Any) -> Path:
 
 def _config_of(path: Path) -> Config:
     """config.json; end tokens come from generation_config.json where it has them, as in transformers' generate."""
-    if not (path / "config.json").is_file():
+    file = path / "config.json"
+    if not file.is_file():
         raise CheckpointError(f"{path}: no config.json; expected a Hugging Face checkpoint directory")
     try:
-        config = Config.from_dict(read_json(path / "config.json"))
-        generation = path / "generation_config.json"
-        ends = end_tokens(read_json(generation).get("eos_token_id")) if generation.is_file() else ()
+        config = Config.from_dict(read_json(file))
+        file = path / "generation_config.json"
+        ends = end_tokens(read_json(file).get("eos_token_id")) if file.is_file() else ()
     except ConfigError as error:
-        raise ConfigError(f"{path / 'config.json'}: {error}") from error
+        raise ConfigError(f"{file}: {error}") from error
     return replace(config, eos_token_id=ends or config.eos_token_id)
 
 
@@ -156,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError when the file is not one."""
     try:
         parsed = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(parsed, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(parsed).__name__}")

@@ -1,11 +1,12 @@
 """What a `config.json` says about the mathematics, and what is refused because it would change it."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from refengine.config_values import Given, flag, found, is_whole, number, one_of, token_or_none, whole_number
 from refengine.errors import ConfigError
+from refengine.rope_config import RopeParameters, rope_parameters_of
 
 MODEL_TYPES = ("llama", "mistral")
 
@@ -32,37 +33,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope_interleaved": (None, False),
     "use_qk_norm": (None, False),
 }
-
-# rope_type -> the keys it needs and the keys it may have, beside rope_theta and rope_type.
-ROPE_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "dynamic": (("factor",), ()),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
-    "yarn": (
-        ("factor", "original_max_position_embeddings"),
-        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class RopeParameters:
-    """Rotary embedding settings under their `config.json` keys; those that a type does not use are None."""
-
-    rope_type: str
-    rope_theta: float
-    factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool | None = None
-
 
 @dataclass(frozen=True)
 class Config:
@@ -93,7 +63,7 @@ class Config:
     dtype: str = "float32"
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> "Config":
+    def from_dict(cls, given: Given) -> "Config":
         """The configuration that a parsed `config.json` describes.
 
         Raises:
@@ -102,30 +72,27 @@ class Config:
         """
         model_type = _model_type(given)
         _refuse_what_changes_the_mathematics(given)
-        heads = _positive_int(given, "num_attention_heads")
-        kv_heads = _key_value_heads(given, model_type, heads)
-        hidden_size = _positive_int(given, "hidden_size")
-        head_dim, rope_parameters = _head_dim(given, hidden_size, heads), _rope_parameters(given)
-        _check_rope_range(rope_parameters, head_dim)
+        heads, hidden_size = whole_number(given, "num_attention_heads"), whole_number(given, "hidden_size")
+        head_dim = _head_dim(given, hidden_size, heads)
         return cls(
             model_type=model_type,
-            vocab_size=_positive_int(given, "vocab_size"),
+            vocab_size=whole_number(given, "vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=_positive_int(given, "intermediate_size"),
-            num_hidden_layers=_positive_int(given, "num_hidden_layers"),
+            intermediate_size=whole_number(given, "intermediate_size"),
+            num_hidden_layers=whole_number(given, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
+            num_key_value_heads=_key_value_heads(given, model_type, heads),
             head_dim=head_dim,
-            rms_norm_eps=_positive_number(given, "rms_norm_eps"),
-            max_position_embeddings=_positive_int(given, "max_position_embeddings"),
-            rope_parameters=rope_parameters,
+            rms_norm_eps=number(given, "rms_norm_eps"),
+            max_position_embeddings=whole_number(given, "max_position_embeddings"),
+            rope_parameters=rope_parameters_of(given, head_dim),
             hidden_act=_hidden_act(given),
-            attention_bias=_flag(given, "attention_bias", only_for=("llama",)),
-            mlp_bias=_flag(given, "mlp_bias", only_for=("llama",)),
-            tie_word_embeddings=_flag(given, "tie_word_embeddings", only_for=MODEL_TYPES),
+            attention_bias=_bias(given, "attention_bias", model_type),
+            mlp_bias=_bias(given, "mlp_bias", model_type),
+            tie_word_embeddings=flag(given, "tie_word_embeddings"),
             sliding_window=_sliding_window(given, model_type),
             eos_token_id=end_tokens(given.get("eos_token_id")),
-            bos_token_id=_token_or_none(given, "bos_token_id"),
+            bos_token_id=token_or_none(given, "bos_token_id"),
             dtype=str(given.get("dtype") or given.get("torch_dtype") or "float32"),
         )
 
@@ -133,136 +100,75 @@ class Config:
 def end_tokens(value: Any) -> tuple[int, ...]:
     """`eos_token_id` as it stands in a JSON file (absent, one id, or a list of them) as a tuple."""
     listed = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(_is_int(token) and token >= 0 for token in listed):
-        raise ConfigError(f"eos_token_id: expected a token id or a list of them, found {value!r}")
+    if not all(is_whole(token) and token >= 0 for token in listed):
+        raise ConfigError(f"eos_token_id: expected a token id or a list of them, found {found(value)}")
     return tuple(listed)
 
 
-def _model_type(given: Mapping[str, Any]) -> str:
+def _model_type(given: Given) -> str:
     model_type = given.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ConfigError(f"model_type: expected one of {', '.join(MODEL_TYPES)}, found {model_type!r}: this family is not supported")
+    if not one_of(model_type, MODEL_TYPES):
+        raise ConfigError(
+            f"model_type: expected one of {', '.join(MODEL_TYPES)}, found {repr(model_type)[:80]}: this family is not supported"
+        )
     return str(model_type)
 
 
-def _refuse_what_changes_the_mathematics(given: Mapping[str, Any]) -> None:
+def _refuse_what_changes_the_mathematics(given: Given) -> None:
     for key, neutral in NEUTRAL.items():
-        if key in given and given[key] not in neutral:
-            raise ConfigError(f"{key}: found {given[key]!r}, which changes the mathematics and is not supported; expected {neutral[-1]!r} or no such key")
-    other = set(given.get("layer_types") or ()) - {"full_attention" if given.get("sliding_window") is None else "sliding_attention"}
-    if other:
-        raise ConfigError(f"layer_types: found {sorted(other)}, which changes the mathematics and is not supported; expected the same attention in every layer")
+        if key in given and not one_of(given[key], neutral):
+            raise ConfigError(
+                f"{key}: found {found(given[key])}, which changes the mathematics and is not supported; "
+                f"expected {neutral[-1]!r} or no such key"
+            )
+    kind = "full_attention" if given.get("sliding_window") is None else "sliding_attention"
+    layer_types = given.get("layer_types")
+    if layer_types is not None and (not isinstance(layer_types, list) or any(layer != kind for layer in layer_types)):
+        raise ConfigError(f"layer_types: expected {kind!r} in every layer, found {found(layer_types)}; other mixtures are not supported")
 
 
-def _key_value_heads(given: Mapping[str, Any], model_type: str, heads: int) -> int:
+def _key_value_heads(given: Given, model_type: str, heads: int) -> int:
     if given.get("num_key_value_heads") is None and model_type == "llama":
         return heads  # checkpoints older than grouped-query attention do not have the key
-    kv_heads = _positive_int(given, "num_key_value_heads")
+    kv_heads = whole_number(given, "num_key_value_heads")
     if heads % kv_heads:
         raise ConfigError(f"num_key_value_heads: expected a divisor of num_attention_heads {heads}, found {kv_heads}")
     return kv_heads
 
 
-def _head_dim(given: Mapping[str, Any], hidden_size: int, heads: int) -> int:
-    if given.get("head_dim") is None:
-        if hidden_size % heads:
-            raise ConfigError(f"head_dim: not given, and hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
-        head_dim = hidden_size // heads
+def _head_dim(given: Given, hidden_size: int, heads: int) -> int:
+    if given.get("head_dim") is not None:
+        head_dim = whole_number(given, "head_dim")
+    elif hidden_size % heads:
+        raise ConfigError(f"head_dim: not given, and hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
     else:
-        head_dim = _positive_int(given, "head_dim")
+        head_dim = hidden_size // heads
     if head_dim % 2:
         raise ConfigError(f"head_dim: expected an even number (rotary embedding turns pairs), found {head_dim}")
     return head_dim
 
 
-def _hidden_act(given: Mapping[str, Any]) -> str:
-    if given.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act: expected 'silu', found {given['hidden_act']!r}")
+def _hidden_act(given: Given) -> str:
+    if not one_of(given.get("hidden_act", "silu"), ("silu", "swish")):
+        raise ConfigError(f"hidden_act: expected 'silu', found {repr(given['hidden_act'])[:80]}")
     return "silu"
 
 
-def _sliding_window(given: Mapping[str, Any], model_type: str) -> int | None:
+def _bias(given: Given, key: str, model_type: str) -> bool:
+    if flag(given, key) and model_type != "llama":
+        raise ConfigError(f"{key}: found true, but a {model_type} has none; expected false")
+    return flag(given, key)
+
+
+def _sliding_window(given: Given, model_type: str) -> int | None:
     if model_type == "mistral" and "sliding_window" not in given:
         # transformers would silently take 4096 here, other readers full attention: nobody can know what was meant.
         raise ConfigError("sliding_window: missing; a mistral config must say a number of tokens, or null for full attention")
     if given.get("sliding_window") is None:
         return None
     if model_type == "llama":
-        raise ConfigError(f"sliding_window: found {given['sliding_window']!r}, but a llama attends to everything; expected null or model_type 'mistral'")
-    return _positive_int(given, "sliding_window")
-
-
-def _check_rope_range(rope: RopeParameters, head_dim: int) -> None:
-    """Settings at which a variant's formula divides by zero."""
-    if rope.rope_type == "dynamic" and head_dim <= 2:
-        raise ConfigError(f"head_dim: rope_type 'dynamic' needs more than 2 dimensions a head, found {head_dim}")
-    if rope.rope_type == "yarn" and rope.rope_theta <= 1:
-        raise ConfigError(f"rope_theta: rope_type 'yarn' needs a base above 1, found {rope.rope_theta}")
-    if rope.rope_type == "llama3" and not rope.low_freq_factor < rope.high_freq_factor:
-        raise ConfigError("rope_parameters: expected low_freq_factor below high_freq_factor, found "
-                          f"{rope.low_freq_factor} and {rope.high_freq_factor}")
-
-
-def _rope_parameters(given: Mapping[str, Any]) -> RopeParameters:
-    """Both spellings: `rope_theta` and `rope_scaling` at the top (older), or everything in `rope_parameters`."""
-    nested = dict(given.get("rope_parameters") or {})
-    scaling = dict(given.get("rope_scaling") or {})
-    if nested and scaling and nested != scaling:
-        raise ConfigError("rope_scaling: found beside rope_parameters; expected one of them")
-    said = nested or scaling
-    thetas = {float(_positive_number(where, "rope_theta")) for where in (given, said) if where.get("rope_theta") is not None}
-    if len(thetas) != 1:
-        found = "none" if not thetas else " and ".join(map(str, sorted(thetas)))
-        raise ConfigError(f"rope_theta: expected one value, at the top or inside rope_parameters, found {found}")
-    rope_type = said.get("rope_type") or said.get("type") or "default"
-    if rope_type not in ROPE_KEYS:
-        raise ConfigError(f"rope_type: expected one of {', '.join(ROPE_KEYS)}, found {rope_type!r}")
-    if said.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ConfigError(f"rope_parameters.partial_rotary_factor: expected 1.0, found {said['partial_rotary_factor']!r}")
-    needed, optional = ROPE_KEYS[rope_type]
-    if said.get("original_max_position_embeddings") is None and "original_max_position_embeddings" in needed:
-        raise ConfigError(f"rope_parameters.original_max_position_embeddings: missing; rope_type {rope_type!r} needs it")
-    numbers = {key: _positive_number(said, key) for key in needed}
-    numbers |= {key: _positive_number(said, key) for key in optional if key != "truncate" and said.get(key) is not None}
-    truncate = said.get("truncate", True) if "truncate" in optional else None
-    if truncate not in (None, True, False) or ("truncate" in said and truncate is None):
-        raise ConfigError(f"rope_parameters.truncate: expected true or false, found {said['truncate']!r}")
-    outer = given.get("original_max_position_embeddings")
-    if outer is not None and outer != said.get("original_max_position_embeddings", outer):
-        raise ConfigError(f"original_max_position_embeddings: found {outer} at the top and another value inside the rope parameters; expected one")
-    return RopeParameters(rope_type=rope_type, rope_theta=thetas.pop(), truncate=truncate, **numbers)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _positive_int(given: Mapping[str, Any], key: str) -> int:
-    value = given.get(key)
-    if not _is_int(value) or value <= 0:
-        raise ConfigError(f"{key}: expected a positive whole number, found {'nothing' if value is None else repr(value)}")
-    return int(value)
-
-
-def _positive_number(given: Mapping[str, Any], key: str) -> float:
-    value = given.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{key}: expected a positive number, found {'nothing' if value is None else repr(value)}")
-    return value
-
-
-def _flag(given: Mapping[str, Any], key: str, only_for: tuple[str, ...]) -> bool:
-    value = given.get(key)
-    if value not in (None, False, True):
-        raise ConfigError(f"{key}: expected true or false, found {value!r}")
-    if value and given["model_type"] not in only_for:
-        raise ConfigError(f"{key}: found true, but a {given['model_type']} has none; expected false")
-    return bool(value)
-
-
-def _token_or_none(given: Mapping[str, Any], key: str) -> int | None:
-    value = given.get(key)
-    if value is not None and not _is_int(value):
-        raise ConfigError(f"{key}: expected a token id, found {value!r}")
-    return value
-
+        raise ConfigError(
+            f"sliding_window: found {found(given['sliding_window'])}, but a llama attends to everything; "
+            "expected null or model_type 'mistral'"
+        )
+    return whole_number(given, "sliding_window")

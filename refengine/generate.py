@@ -52,26 +52,26 @@ def generate(
         on_token: called with (row, token) as each token is chosen.
     """
     token_ids_BT, positions_BT = left_padded(prompts)
-    kept: Cache = new_cache(weights, len(prompts), scheme) if cache else NO_CACHE
+    kept = new_cache(weights, len(prompts), scheme) if cache else None
     generated: list[list[int]] = [[] for _ in prompts]
-    running = set(range(len(prompts)))
+    rows = list(range(len(prompts)))  # those that have not ended, in the order of the batch
     for step in range(max_new_tokens):
-        new = slice(None) if step == 0 or not cache else slice(-1, None)
-        logits_BV = forward(weights, token_ids_BT[:, new], positions_BT[:, new], kept, last=True, ops=ops)[:, -1]
-        chosen_B = logits_BV.argmax(axis=-1)
-        for row in sorted(running):
-            token = int(chosen_B[row])
+        new = slice(None) if step == 0 or kept is None else slice(-1, None)
+        logits_BTV = forward(weights, token_ids_BT[:, new], positions_BT[:, new], kept or NO_CACHE, last=True, ops=ops)
+        chosen_B = logits_BTV[:, -1].argmax(axis=-1)
+        for row, token in zip(rows, chosen_B.tolist(), strict=True):
             generated[row].append(token)
             on_token(row, token)
-            if token in weights.config.eos_token_id:
-                running.remove(row)
-        if not running:
+        token_ids_BT = np.append(token_ids_BT, chosen_B[:, None], axis=1)
+        positions_BT = np.append(positions_BT, positions_BT[:, -1:] + 1, axis=1)
+        going_on = np.flatnonzero(~np.isin(chosen_B, weights.config.eos_token_id))
+        if len(going_on) == len(rows):
+            continue
+        rows = [rows[place] for place in going_on]
+        if not rows:
             break
-        # A row that has ended goes on as padding, so that it costs nothing but its place.
-        goes_on_B = np.isin(np.arange(len(prompts)), list(running))
-        next_B = np.where(goes_on_B, np.array([len(p) + len(g) - 1 for p, g in zip(prompts, generated, strict=True)]), -1)
-        token_ids_BT = np.append(token_ids_BT, np.where(goes_on_B, chosen_B, PADDING_ID)[:, None], axis=1)
-        positions_BT = np.append(positions_BT, next_B[:, None], axis=1)
+        token_ids_BT, positions_BT = token_ids_BT[going_on], positions_BT[going_on]
+        kept = kept.select(going_on) if kept is not None else None
     return generated
 
 

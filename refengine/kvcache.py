@@ -88,6 +88,7 @@ class KVCache:
         self._start = self._end = 0  # the slots in use; those before _start are dropped
         self._has_dropped = False  # then earlier states cannot be restored
         self._awaited: set[int] = set()  # layers that still have to bring the tokens of this pass
+        self._newest_BT = np.empty((batch_size, 0), np.int64)  # positions of this pass
         self._positions_BC = np.empty((batch_size, 0), np.int64)
         self._keys = [self._allocate(0) for _ in range(config.num_hidden_layers)]
         self._values = [self._allocate(0) for _ in range(config.num_hidden_layers)]
@@ -126,10 +127,14 @@ class KVCache:
         expected = (self.batch_size, self.config.num_key_value_heads, positions_BT.shape[1], self.config.head_dim)
         if k_BKTH.shape != expected or v_BKTH.shape != expected:
             raise CacheError(f"cache: expected keys and values of shape {expected} (rows, KV heads, tokens, head_dim), found {k_BKTH.shape} and {v_BKTH.shape}")
+        if not 0 <= layer < self.config.num_hidden_layers:
+            raise CacheError(f"cache: expected layers 0 to {self.config.num_hidden_layers - 1}, found layer {layer}")
         if not self._awaited:
             self._begin(positions_BT)
-        if layer not in self._awaited:
+        elif layer not in self._awaited:
             raise CacheError(f"cache: layer {layer} came twice before layers {sorted(self._awaited)} came once")
+        elif not np.array_equal(positions_BT, self._newest_BT):
+            raise CacheError(f"cache: layer {layer} brings other positions than the layers before it in this pass")
         new, held = slice(self._end - positions_BT.shape[1], self._end), slice(self._start, self._end)
         positions_BS = self.positions_BS
         self.scheme.write(self._keys[layer], new, k_BKTH)
@@ -148,8 +153,9 @@ class KVCache:
 
     def crop(self, length: int) -> None:
         """Forgets the newest slots so that `length` are left. Raises CacheError when a window has dropped older ones."""
-        if self._awaited or not 0 <= length <= self.length or (self._has_dropped and length < self.length):
-            why = "its window has dropped the tokens before" if self._has_dropped else f"it holds {self.length} whole ones"
+        self._check_whole()
+        if not 0 <= length <= self.length or (self._has_dropped and length < self.length):
+            why = "its window has dropped the tokens before" if self._has_dropped else f"it holds {self.length}"
             raise CacheError(f"cache: cannot crop to {length} tokens: {why}")
         self._end = self._start + length
 
@@ -176,6 +182,10 @@ class KVCache:
         mine._has_dropped |= theirs._has_dropped
         return mine
 
+    def _check_whole(self) -> None:
+        if self._awaited:
+            raise CacheError(f"cache: a pass was broken off before layers {sorted(self._awaited)} came; it cannot be used")
+
     def _allocate(self, capacity: int) -> Stored:
         return self.scheme.allocate((self.batch_size, self.config.num_key_value_heads, capacity, self.config.head_dim))
 
@@ -186,6 +196,7 @@ class KVCache:
         self._make_room(positions_BT.shape[1])
         self._positions_BC[:, self._end : self._end + positions_BT.shape[1]] = positions_BT
         self._end += positions_BT.shape[1]
+        self._newest_BT = positions_BT
         self._awaited = set(range(self.config.num_hidden_layers))
 
     def _make_room(self, tokens: int) -> None:
@@ -216,8 +227,7 @@ class KVCache:
 
     def _copied(self, rows_R: np.ndarray, slots_S: np.ndarray, before: int, capacity: int = 0) -> "KVCache":
         """These rows and slots in a cache of their own, behind `before` empty slots."""
-        if self._awaited:
-            raise CacheError(f"cache: a pass was broken off before layers {sorted(self._awaited)} came; its tokens cannot be used")
+        self._check_whole()
         copy = KVCache(self.config, len(rows_R), self.scheme, self.window)
         copy._end, copy._has_dropped = before + len(slots_S), self._has_dropped
         capacity = max(capacity, copy._end)

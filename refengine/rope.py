@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from refengine.config import RopeParameters
+from refengine.errors import ConfigError
+from refengine.rope_config import RopeParameters
 
 
 def rope_inverse_frequencies(rope: RopeParameters, head_dim: int, max_position_embeddings: int, length: int) -> tuple[np.ndarray, float]:
@@ -24,11 +25,13 @@ def rope_inverse_frequencies(rope: RopeParameters, head_dim: int, max_position_e
     theta = rope.rope_theta
     if rope.rope_type == "dynamic":
         # NTK-aware: the base grows with the sequence, and never shrinks below the trained length's.
-        stretched = rope.factor * max(length, max_position_embeddings) / max_position_embeddings - (rope.factor - 1)
+        (factor,) = _given(rope.factor)
+        stretched = factor * max(length, max_position_embeddings) / max_position_embeddings - (factor - 1)
         theta *= stretched ** (head_dim / (head_dim - 2))
     inv_freq_P = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.rope_type == "linear":
-        return inv_freq_P / rope.factor, 1.0
+        (factor,) = _given(rope.factor)
+        return inv_freq_P / factor, 1.0
     if rope.rope_type == "llama3":
         return _llama3(rope, inv_freq_P), 1.0
     if rope.rope_type == "yarn":
@@ -52,10 +55,12 @@ def rope_table(rope: RopeParameters, head_dim: int, max_position_embeddings: int
 
 def _llama3(rope: RopeParameters, inv_freq_P: np.ndarray) -> np.ndarray:
     """Long wavelengths divided by `factor`, short ones kept, a linear blend (in turns within the old context) between."""
-    turns_P = rope.original_max_position_embeddings * inv_freq_P / (2 * math.pi)
-    kept_P = (turns_P - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    kept_P = np.clip(kept_P, 0.0, 1.0)
-    return inv_freq_P * (kept_P + (1 - kept_P) / rope.factor)
+    factor, low, high, original = _given(
+        rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position_embeddings
+    )
+    turns_P = original * inv_freq_P / (2 * math.pi)
+    kept_P = np.clip((turns_P - low) / (high - low), 0.0, 1.0)
+    return inv_freq_P * (kept_P + (1 - kept_P) / factor)
 
 
 def _yarn(rope: RopeParameters, inv_freq_P: np.ndarray, head_dim: int) -> np.ndarray:
@@ -63,26 +68,38 @@ def _yarn(rope: RopeParameters, inv_freq_P: np.ndarray, head_dim: int) -> np.nda
 
     Source: Peng et al. 2023, arXiv 2309.00071, section 3.2, with transformers' rounding of the ramp's ends.
     """
+    factor, original = _given(rope.factor, rope.original_max_position_embeddings)
+
     def dimension_of(turns: float) -> float:
-        return head_dim * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
     low, high = dimension_of(rope.beta_fast or 32), dimension_of(rope.beta_slow or 1)
     if rope.truncate is not False:
         low, high = math.floor(low), math.ceil(high)
-    # The upper clamp is head_dim - 1 although there are only head_dim / 2 frequencies: that is what models were made with.
+    # The upper clamp is head_dim - 1 although there are only head_dim / 2 frequencies: models were made with it.
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
         high += 0.001
     divided_P = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
-    return inv_freq_P * (1 - divided_P + divided_P / rope.factor)
+    return inv_freq_P * (1 - divided_P + divided_P / factor)
 
 
 def _yarn_attention_factor(rope: RopeParameters) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
+    (factor,) = _given(rope.factor)
+
     def mscale(weight: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     if rope.mscale and rope.mscale_all_dim:
         return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
     return mscale(1.0)
+
+
+def _given(*settings: float | None) -> list[float]:
+    """Settings that the variant cannot do without."""
+    given = [setting for setting in settings if setting is not None]
+    if len(given) < len(settings):
+        raise ConfigError("rope_parameters: a setting that this rope_type needs is missing")
+    return given

@@ -61,6 +61,7 @@ class Weights:
         """
         read = _Reader(checkpoint, np.dtype(dtype))
         check_names_and_shapes(checkpoint)
+        read.check_tied_head()
         if not resident:
             return cls(checkpoint.config, read.dtype, read.embed, read.layers, read("model.norm.weight"), read.head_pieces)
         embedding_VD = read(EMBEDDING)
@@ -84,7 +85,8 @@ class _Reader:
         return self._cast(name, self.checkpoint.tensor(name))
 
     def _cast(self, name: str, stored: np.ndarray) -> np.ndarray:
-        tensor = np.ascontiguousarray(stored, dtype=self.dtype)
+        with np.errstate(over="ignore"):  # found as an infinite value below
+            tensor = np.ascontiguousarray(stored, dtype=self.dtype)
         if not np.isfinite(tensor).all():
             bad = int(tensor.size - np.count_nonzero(np.isfinite(tensor)))
             raise CheckpointError(f"{self.checkpoint.path}: {name}: expected finite weights, found {bad} NaN or infinite values as {self.dtype}")
@@ -97,6 +99,17 @@ class _Reader:
         if len(names) == 1:
             return Linear(weights[0], biases[0] if biases else None)
         return Linear(np.concatenate(weights), np.concatenate(biases) if biases else None)
+
+    def check_tied_head(self) -> None:
+        """A head beside tied embeddings is the embedding again, or nobody can know which is meant."""
+        if self.head_name == HEAD or HEAD not in self.checkpoint.names:
+            return
+        for start, stop in self._pieces():
+            if not np.array_equal(self.checkpoint.rows(HEAD, start, stop), self.checkpoint.rows(EMBEDDING, start, stop)):
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: {HEAD}: expected a copy of {EMBEDDING}, since config.json says "
+                    "tie_word_embeddings, found another tensor; remove it, or set tie_word_embeddings to false"
+                )
 
     def layers(self) -> Iterator[Layer]:
         for index in range(self.checkpoint.config.num_hidden_layers):
@@ -117,10 +130,13 @@ class _Reader:
         return self._cast(EMBEDDING, np.concatenate(rows))[place.reshape(token_ids.shape)]
 
     def head_pieces(self) -> Iterator[Linear]:
+        for start, stop in self._pieces():
+            yield Linear(self._cast(self.head_name, self.checkpoint.rows(self.head_name, start, stop)))
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
         rows, width = self.checkpoint.shape(self.head_name)
         step = max(1, HEAD_BYTES // (width * self.dtype.itemsize))
-        for start in range(0, rows, step):
-            yield Linear(self._cast(self.head_name, self.checkpoint.rows(self.head_name, start, min(start + step, rows))))
+        return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -251,10 +251,20 @@ def test_a_crop_to_more_or_less_than_there_is_is_refused(length: int) -> None:
 
 def test_a_crop_of_a_window_that_has_dropped_tokens_is_refused_but_not_to_what_it_holds() -> None:
     cache = KVCache(CONFIG, 1, window=4)
-    feed(cache, positions(1, 0, 9))
-    assert "dropped" in refused(cache.crop, 2)
-    cache.crop(3)
-    assert cache.length == 3
+    for start in range(9):
+        feed(cache, positions(1, start, 1))
+    empty = KVCache(CONFIG, 1, window=4)
+    for same in (cache, cache.select([0, 0]), cache.merge(empty), empty.merge(cache)):
+        assert "dropped" in refused(same.crop, 2)
+        same.crop(3)
+        np.testing.assert_array_equal(same.positions_BS.max(axis=0), [6, 7, 8])
+
+
+def test_a_crop_of_a_window_that_has_dropped_nothing_is_allowed() -> None:
+    cache = KVCache(CONFIG, 1, window=9)
+    feed(cache, positions(1, 0, 5))
+    cache.crop(2)
+    assert cache.length == 2
 
 
 @pytest.mark.parametrize("rows", [[2], [-1], [0, 5], [[0]]])

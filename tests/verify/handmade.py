@@ -54,7 +54,10 @@ def last_logits_decoder(path: Path) -> Path:
 
 
 def grouped_query_decoder(path: Path) -> Path:
-    """Grouped-query attention as the model builder writes it, on vectors looked up by token, not rotated."""
+    """Grouped-query attention as the model builder writes it, on vectors looked up by token, not rotated.
+
+    It takes `position_ids` too, without effect: what keeps it from padding is the operator alone.
+    """
     rng, size = np.random.default_rng(1), GROUPED_QUERY.head_dim
     widths = {"q": N * size, "k": K * size, "v": K * size}
     constants = {f"{kind}_of": rng.standard_normal((V, width)) for kind, width in widths.items()}
@@ -74,19 +77,24 @@ def grouped_query_decoder(path: Path) -> Path:
             "GroupQueryAttention", ["q", "k", "v", *cache, "seqlens_k", "total_sequence_length"],
             ["y", "present.0.key", "present.0.value"], domain="com.microsoft", num_heads=N, kv_num_heads=K,
         ),
-        helper.make_node("MatMul", ["y", "head"], ["logits"]),
+        helper.make_node("MatMul", ["y", "head"], ["logits_of_tokens"]),
+        helper.make_node("Equal", ["position_ids", "position_ids"], ["true"]),
+        helper.make_node("Cast", ["true"], ["ones"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["ones"], ["factor"], keepdims=0),
+        helper.make_node("Mul", ["logits_of_tokens", "factor"], ["logits"]),
     ]
-    return _write(path, nodes, constants, ["b", K, "s", size], TensorProto.FLOAT)
+    tokens = ("input_ids", "attention_mask", "position_ids")
+    return _write(path, nodes, constants, ["b", K, "s", size], TensorProto.FLOAT, tokens)
 
 
 def _write(
     path: Path, nodes: Sequence[onnx.NodeProto], constants: Mapping[str, np.ndarray],
     cache_shape: Sequence[int | str], cache_dtype: int,
+    tokens: Sequence[str] = ("input_ids", "attention_mask"),
 ) -> Path:
-    """A decoder around `nodes` with a mask, a cache and no positions."""
+    """A decoder around `nodes` that takes `tokens` and a cache."""
     value, kinds = helper.make_tensor_value_info, ("key", "value")
-    inputs = [value("input_ids", TensorProto.INT64, ["b", "t"])]
-    inputs += [value("attention_mask", TensorProto.INT64, ["b", "s"])]
+    inputs = [value(name, TensorProto.INT64, ["b", f"{name}_length"]) for name in tokens]
     inputs += [value(f"past_key_values.0.{kind}", cache_dtype, cache_shape) for kind in kinds]
     outputs = [value("logits", TensorProto.FLOAT, ["b", "kept", V])]
     outputs += [value(f"present.0.{kind}", cache_dtype, cache_shape) for kind in kinds]

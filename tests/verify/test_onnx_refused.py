@@ -1,5 +1,6 @@
 """ONNX files that are refused before anything is done with them."""
 
+import sys
 from pathlib import Path
 
 import onnx
@@ -11,12 +12,13 @@ from refengine.checkpoint import open_checkpoint
 from refengine.errors import InputError
 from tests.checkpoints import write_checkpoint
 from verify.candidates.onnx_file import describe, find_onnx
+from verify.errors import RuntimeMissing
 from verify.export import export_decoder
 from verify.inspection import inspect
 
 OUTSIDE = [
-    "/etc/passwd", "../outside.data", "folder/../../outside.data", "C:\\outside.data", "..\\outside.data",
-    "\\\\host\\share", "\\outside.data", "",
+    "/etc/passwd", "../outside.data", "folder/../../outside.data", "C:\\outside.data", "C:outside.data",
+    "..\\outside.data", "\\\\host\\share", "\\outside.data", "",
 ]
 
 
@@ -94,7 +96,7 @@ def test_a_damaged_file_is_read_or_gives_one_line_that_names_a_file(external, da
 def test_names_that_are_no_text_are_refused(external):
     content = external.read_bytes()
     external.write_bytes(content.replace(b"Softmax", b"Soft\xff\xfex", 1))
-    with pytest.raises(InputError, match="expected names in UTF-8, found b'Soft"):
+    with pytest.raises(InputError, match="expected names in UTF-8, found b'/model/layers"):
         describe(external)
 
 
@@ -116,7 +118,7 @@ def test_external_data_outside_the_directory_are_refused(external, location):
 
 def test_external_data_that_are_missing_are_named(external):
     (external.parent / "weights.data").unlink()
-    with pytest.raises(InputError, match=r"weights\.data: no such file, although model\.onnx keeps the weights"):
+    with pytest.raises(InputError, match=r"weights\.data: no such file, although model\.onnx keeps"):
         describe(external)
 
 
@@ -152,5 +154,11 @@ def test_a_genai_config_that_names_no_usable_file_is_refused(tmp_path, config, m
 def test_a_directory_with_several_models_asks_for_one(tmp_path):
     for name in ("decoder_model.onnx", "decoder_with_past_model.onnx"):
         (tmp_path / name).touch()
-    with pytest.raises(InputError, match=r"found decoder_model\.onnx, decoder_with_past_model\.onnx and no model"):
+    with pytest.raises(InputError, match=r"found decoder_model\.onnx, decoder_with_past_model\.onnx and no"):
         find_onnx(tmp_path)
+
+
+def test_without_the_onnx_package_the_extra_to_install_is_named(external, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)  # as if it were not there
+    with pytest.raises(RuntimeMissing, match=r'pip install "tokenproof\[onnxruntime\]"$'):
+        describe(external)

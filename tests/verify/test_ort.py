@@ -148,6 +148,8 @@ def test_provider_options_are_passed_on_beside_the_default_device(cached):
 
 def test_grouped_query_attention_is_never_fed_left_padding(tmp_path):
     grouped = OrtCandidate.open(grouped_query_decoder(tmp_path / "model.onnx"), "ort-cpu", {}, GROUPED_QUERY)
+    assert grouped.interface.has_position_ids
+    assert grouped.interface.has_attention_mask
     assert not grouped.can_pad_left
     assert grouped.run(*tokens([1, 2, 3])).logits_BTV.shape == (1, 3, V)
     with pytest.raises(NoVerdict, match="cannot be fed left padding; compare one prompt at a time"):
