@@ -48,7 +48,8 @@ class OrtExport:
         self.length = 0
         self.past = {
             name: np.zeros((len(token_ids_BT), tensor.shape[1], 0, tensor.shape[3]), np.float32)
-            for name, tensor in self.inputs.items() if name.startswith("past_key_values")
+            for name, tensor in self.inputs.items()
+            if name.startswith("past_key_values")
         }
         return self._run(token_ids_BT)
 
@@ -98,5 +99,12 @@ def alternate(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[
 
 def machine() -> str:
     """One line that says where figures come from."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
     return f"{cpu}, Python {platform.python_version()}, NumPy {np.__version__}, ONNX Runtime {onnxruntime.__version__}"

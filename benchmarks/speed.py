@@ -25,8 +25,13 @@ def main(model: Path, export: Path) -> None:
     }
     random = np.random.default_rng(0)
     prompt_BT, long_BT = (random.integers(100, 20_000, (1, length)) for length in (PROMPT, PREFILLED))
-    decode = alternate({name: lambda e=engine: decode_seconds(e, prompt_BT, DECODED) for name, engine in engines.items()}, ROUNDS)
-    prefill = alternate({name: lambda e=engine: prefill_seconds(e, long_BT) for name, engine in engines.items()}, ROUNDS)
+    decode = alternate(
+        {name: lambda e=engine: decode_seconds(e, prompt_BT, DECODED) for name, engine in engines.items()},
+        ROUNDS,
+    )
+    prefill = alternate(
+        {name: lambda e=engine: prefill_seconds(e, long_BT) for name, engine in engines.items()}, ROUNDS
+    )
     print(machine())
     print(f"{'':24}{'decode, ms a token':>20}{'ratio':>8}{f'prefill of {PREFILLED}, s':>20}{'ratio':>8}")
     for name in engines:

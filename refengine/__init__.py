@@ -9,4 +9,15 @@ from refengine.model import forward
 from refengine.ops import OPS, Ops
 from refengine.weights import Weights
 
-__all__ = ["OPS", "Config", "InputError", "KVCache", "Ops", "Weights", "forward", "generate", "open_checkpoint", "teacher_forced"]
+__all__ = [
+    "OPS",
+    "Config",
+    "InputError",
+    "KVCache",
+    "Ops",
+    "Weights",
+    "forward",
+    "generate",
+    "open_checkpoint",
+    "teacher_forced",
+]

@@ -39,8 +39,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("model", metavar="MODEL", help="checkpoint directory, hub name or .gguf file")
     run.add_argument("--prompt", required=True, metavar="TEXT")
     run.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
-    run.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template, as the user's message")
-    run.add_argument("--streamed", action="store_true", help="read one layer at a time: slower, but memory for one layer is enough")
+    run.add_argument(
+        "--chat",
+        action="store_true",
+        help="put the prompt into the model's chat template, as the user's message",
+    )
+    run.add_argument(
+        "--streamed",
+        action="store_true",
+        help="read one layer at a time: slower, but memory for one layer is enough",
+    )
     return root
 
 

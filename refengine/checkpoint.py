@@ -90,7 +90,9 @@ class SafetensorsCheckpoint:
             raise CheckpointError(f"{self.path}: no tensor {name!r}; the checkpoint is incomplete or of another model")
         found = self._file_of[name].get_slice(name)
         if found.get_dtype() not in FLOAT_DTYPES:
-            raise CheckpointError(f"{self.path}: {name}: expected a dtype of {', '.join(FLOAT_DTYPES)}, found {found.get_dtype()}")
+            raise CheckpointError(
+                f"{self.path}: {name}: expected a dtype of {', '.join(FLOAT_DTYPES)}, found {found.get_dtype()}"
+            )
         return found
 
     def _tensors_by_name(self, shards: Mapping[str, Path] | list[Path], tensors: list[Path]) -> dict[str, Any]:
@@ -106,11 +108,15 @@ class SafetensorsCheckpoint:
 
     def _open(self, file: Path) -> Any:
         if not file.is_file():
-            raise CheckpointError(f"{file}: no such file; the checkpoint is incomplete (copy or download this shard again)")
+            raise CheckpointError(
+                f"{file}: no such file; the checkpoint is incomplete (copy or download this shard again)"
+            )
         try:
             return self._open_files.enter_context(safe_open(file, framework="numpy"))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from error
+            raise CheckpointError(
+                f"{file}: not a whole safetensors file ({error}); copy or download it again"
+            ) from error
 
 
 def _shards(path: Path) -> Mapping[str, Path] | list[Path]:
@@ -126,10 +132,14 @@ def _shards(path: Path) -> Mapping[str, Path] | list[Path]:
     if len(others) == 1:
         return others
     if others:
-        raise CheckpointError(f"{path}: expected {INDEX} beside {len(others)} safetensors files, found none; copy it from the model's source")
+        raise CheckpointError(
+            f"{path}: expected {INDEX} beside {len(others)} safetensors files, found none; copy it from the model's source"
+        )
     for pattern in PICKLES:
         if pickled := sorted(path.glob(pattern)):
-            raise CheckpointError(f"{pickled[0]}: pickled weights are never loaded, since a pickle can run code; convert them to safetensors")
+            raise CheckpointError(
+                f"{pickled[0]}: pickled weights are never loaded, since a pickle can run code; convert them to safetensors"
+            )
     raise CheckpointError(f"{path}: no model.safetensors and no {INDEX}; expected a Hugging Face checkpoint directory")
 
 
@@ -137,7 +147,9 @@ def _inside(directory: Path, file: Any) -> Path:
     """A file named by an index, which may not leave the index's directory."""
     # Compared as written, not resolved: model caches keep their files as links to a store elsewhere.
     if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
-        raise CheckpointError(f"{directory / INDEX}: names the file {file!r}, which leaves the checkpoint's directory; expected a plain file name")
+        raise CheckpointError(
+            f"{directory / INDEX}: names the file {file!r}, which leaves the checkpoint's directory; expected a plain file name"
+        )
     return directory / file
 
 

@@ -34,6 +34,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_qk_norm": (None, False),
 }
 
+
 @dataclass(frozen=True)
 class Config:
     """A Llama-family model on paper: the fields are the keys of `config.json`, checked and with nothing left open.
@@ -124,7 +125,9 @@ def _refuse_what_changes_the_mathematics(given: Given) -> None:
     kind = "full_attention" if given.get("sliding_window") is None else "sliding_attention"
     layer_types = given.get("layer_types")
     if layer_types is not None and (not isinstance(layer_types, list) or any(layer != kind for layer in layer_types)):
-        raise ConfigError(f"layer_types: expected {kind!r} in every layer, found {found(layer_types)}; other mixtures are not supported")
+        raise ConfigError(
+            f"layer_types: expected {kind!r} in every layer, found {found(layer_types)}; other mixtures are not supported"
+        )
 
 
 def _key_value_heads(given: Given, model_type: str, heads: int) -> int:
@@ -140,7 +143,9 @@ def _head_dim(given: Given, hidden_size: int, heads: int) -> int:
     if given.get("head_dim") is not None:
         head_dim = whole_number(given, "head_dim")
     elif hidden_size % heads:
-        raise ConfigError(f"head_dim: not given, and hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
+        raise ConfigError(
+            f"head_dim: not given, and hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}"
+        )
     else:
         head_dim = hidden_size // heads
     if head_dim % 2:
@@ -163,7 +168,9 @@ def _bias(given: Given, key: str, model_type: str) -> bool:
 def _sliding_window(given: Given, model_type: str) -> int | None:
     if model_type == "mistral" and "sliding_window" not in given:
         # transformers would silently take 4096 here, other readers full attention: nobody can know what was meant.
-        raise ConfigError("sliding_window: missing; a mistral config must say a number of tokens, or null for full attention")
+        raise ConfigError(
+            "sliding_window: missing; a mistral config must say a number of tokens, or null for full attention"
+        )
     if given.get("sliding_window") is None:
         return None
     if model_type == "llama":

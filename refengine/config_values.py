@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from refengine.errors import ConfigError
 
 Given = Mapping[str, Any]
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     """Whether a JSON value is a whole number (true and false are none)."""
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -24,7 +24,9 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
-        raise TokensError(f"prompts: expected at least one token in each, found {f'none in prompt {empty[0]}' if empty else 'no prompt'}")
+        raise TokensError(
+            f"prompts: expected at least one token in each, found {f'none in prompt {empty[0]}' if empty else 'no prompt'}"
+        )
     longest = max(map(len, prompts))
     token_ids_BT = np.full((len(prompts), longest), PADDING_ID, np.int64)
     positions_BT = np.full((len(prompts), longest), -1, np.int64)
@@ -40,8 +42,14 @@ def new_cache(weights: Weights, batch_size: int, scheme: Scheme | None = None) -
 
 
 def generate(
-    weights: Weights, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, cache: bool = True, scheme: Scheme | None = None,
-    ops: Ops = OPS, on_token: OnToken = lambda row, token: None,
+    weights: Weights,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    cache: bool = True,
+    scheme: Scheme | None = None,
+    ops: Ops = OPS,
+    on_token: OnToken = lambda row, token: None,
 ) -> list[list[int]]:
     """The tokens that greedy decoding appends to each prompt; an end token is the last of its row.
 
@@ -76,8 +84,14 @@ def generate(
 
 
 def teacher_forced(
-    weights: Weights, token_ids_BT: np.ndarray, positions_BT: np.ndarray, cache: Cache, *, chunk: int = 512,
-    ops: Ops = OPS, trace: Trace = no_trace,
+    weights: Weights,
+    token_ids_BT: np.ndarray,
+    positions_BT: np.ndarray,
+    cache: Cache,
+    *,
+    chunk: int = 512,
+    ops: Ops = OPS,
+    trace: Trace = no_trace,
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Logits for tokens that are given, `chunk` columns at a time: pairs of the columns and their `logits_BTV`.
 
@@ -86,4 +100,7 @@ def teacher_forced(
     """
     for start in range(0, token_ids_BT.shape[1], chunk):
         columns = slice(start, min(start + chunk, token_ids_BT.shape[1]))
-        yield columns, forward(weights, token_ids_BT[:, columns], positions_BT[:, columns], cache, ops=ops, trace=trace)
+        yield (
+            columns,
+            forward(weights, token_ids_BT[:, columns], positions_BT[:, columns], cache, ops=ops, trace=trace),
+        )

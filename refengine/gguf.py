@@ -82,9 +82,7 @@ class GgufCheckpoint:
 
     def _tensor(self, name: str) -> "ReaderTensor":
         if name not in self._stored:
-            raise CheckpointError(
-                f"{self.path}: no tensor {name!r}; the file is incomplete or of another model"
-            )
+            raise CheckpointError(f"{self.path}: no tensor {name!r}; the file is incomplete or of another model")
         return self._stored[name]
 
     def _permuted_heads(self, name: str) -> int:
@@ -153,7 +151,5 @@ def _floats(data: np.ndarray, tensor: "ReaderTensor") -> np.ndarray:
         return stored.view(ml_dtypes.bfloat16)
     if not stored.size:  # which dequantize cannot take
         return np.zeros((0, int(tensor.shape[0])), np.float32)
-    with np.errstate(
-        invalid="ignore", over="ignore"
-    ):  # weights that are not finite are named by whoever uses them
+    with np.errstate(invalid="ignore", over="ignore"):  # weights that are not finite are named by whoever uses them
         return dequantize(stored, tensor.tensor_type)

@@ -143,9 +143,7 @@ def _config_json(file: GgufFile, llama: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in known.items() if value is not None}
 
 
-def _rope_parameters(
-    llama: Mapping[str, Any], divisors_P: np.ndarray | None, head_dim: int
-) -> dict[str, Any]:
+def _rope_parameters(llama: Mapping[str, Any], divisors_P: np.ndarray | None, head_dim: int) -> dict[str, Any]:
     """`rope_parameters` as in a config.json. Without a base in the file it is 10000; no type means linear.
 
     Source: llama.cpp, src/llama-model.cpp, "rope_freq_base (optional)" and the lines after it; the format's
@@ -157,9 +155,7 @@ def _rope_parameters(
     if rope_type == "none" or (rope_type == "linear" and factor == 1.0):
         return {"rope_theta": theta} | ({} if divisors_P is None else _llama3(divisors_P, theta, head_dim))
     if divisors_P is not None:
-        raise ConfigError(
-            f"{ROPE_DIVISORS}: found beside llama.rope.scaling.type {rope_type!r}; expected one of them"
-        )
+        raise ConfigError(f"{ROPE_DIVISORS}: found beside llama.rope.scaling.type {rope_type!r}; expected one of them")
     given = {"rope_type": rope_type, "rope_theta": theta, "factor": factor}
     if rope_type == "linear":
         return given

@@ -35,9 +35,7 @@ class GgufFile:
                 f"{path}: not a whole GGUF file ({_line(error)}); copy or download it again"
             ) from error
         if reader.byte_order == "S":
-            raise CheckpointError(
-                f"{path}: expected a GGUF file in this machine's byte order, found the other one"
-            )
+            raise CheckpointError(f"{path}: expected a GGUF file in this machine's byte order, found the other one")
         return cls(path, reader)
 
     def value(self, key: str) -> Any:
@@ -56,9 +54,7 @@ class GgufFile:
 
     def section(self, prefix: str) -> dict[str, Any]:
         """Every metadata value whose key starts with `prefix`, under the rest of its key."""
-        return {
-            key.removeprefix(prefix): self.value(key) for key in self.reader.fields if key.startswith(prefix)
-        }
+        return {key.removeprefix(prefix): self.value(key) for key in self.reader.fields if key.startswith(prefix)}
 
 
 def _reader_class(path: Path) -> "type[GGUFReader]":
@@ -70,9 +66,7 @@ def _reader_class(path: Path) -> "type[GGUFReader]":
         from gguf.constants import GGUFValueType
         from gguf.gguf_reader import GGUFReader
     except ImportError as error:
-        raise MissingPackage(
-            f"{path}: reading a GGUF file needs the gguf package; install the gguf extra"
-        ) from error
+        raise MissingPackage(f"{path}: reading a GGUF file needs the gguf package; install the gguf extra") from error
 
     class Reader(GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> np.ndarray:

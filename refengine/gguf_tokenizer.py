@@ -92,9 +92,7 @@ def _splitting(file: GgufFile) -> Splitting:
     return SPLITTINGS[pre]
 
 
-def _byte_level_backend(
-    vocab: dict[str, int], described: Mapping[str, Any], splitting: Splitting
-) -> "Tokenizer":
+def _byte_level_backend(vocab: dict[str, int], described: Mapping[str, Any], splitting: Splitting) -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pairs = (merge.partition(" ") for merge in described.get("merges", ()))

@@ -23,9 +23,13 @@ def local_path(model: str | Path) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
-        raise MissingPackage(f"{model}: no such file or directory; to load it from the hub, install the tokenizer extra") from error
+        raise MissingPackage(
+            f"{model}: no such file or directory; to load it from the hub, install the tokenizer extra"
+        ) from error
     try:
         return Path(snapshot_download(str(model), allow_patterns=list(WANTED)))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{model}: no such file or directory, and not to be had from the hub ({reason})") from error
+        raise CheckpointError(
+            f"{model}: no such file or directory, and not to be had from the hub ({reason})"
+        ) from error

@@ -18,14 +18,18 @@ Stored = tuple[np.ndarray, ...]  # the arrays of one layer's keys or values: row
 class Cache(Protocol):
     """Where a forward pass leaves its keys and values, and finds those of earlier passes."""
 
-    def update(self, layer: int, k_BKTH: np.ndarray, v_BKTH: np.ndarray, positions_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def update(
+        self, layer: int, k_BKTH: np.ndarray, v_BKTH: np.ndarray, positions_BT: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Adds the new tokens of one layer; returns `k_BKSH`, `v_BKSH`, `positions_BS` to attend to, these T included."""
 
 
 class _NoCache:
     """Keeps nothing: attention sees the tokens of this pass alone."""
 
-    def update(self, layer: int, k_BKTH: np.ndarray, v_BKTH: np.ndarray, positions_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def update(
+        self, layer: int, k_BKTH: np.ndarray, v_BKTH: np.ndarray, positions_BT: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The new tokens, as they came."""
         return k_BKTH, v_BKTH, positions_BT
 
@@ -114,7 +118,9 @@ class KVCache:
         held = slice(self._start, self._end)
         return sum(array[:, :, held].nbytes for stored in self._keys + self._values for array in stored)
 
-    def update(self, layer: int, k_BKTH: np.ndarray, v_BKTH: np.ndarray, positions_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def update(
+        self, layer: int, k_BKTH: np.ndarray, v_BKTH: np.ndarray, positions_BT: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Adds one layer's new tokens and returns all that layer holds, in slot order.
 
         Returns:
@@ -124,9 +130,16 @@ class KVCache:
         Raises:
             CacheError: rows or heads do not fit, or a layer comes twice in one pass.
         """
-        expected = (self.batch_size, self.config.num_key_value_heads, positions_BT.shape[1], self.config.head_dim)
+        expected = (
+            self.batch_size,
+            self.config.num_key_value_heads,
+            positions_BT.shape[1],
+            self.config.head_dim,
+        )
         if k_BKTH.shape != expected or v_BKTH.shape != expected:
-            raise CacheError(f"cache: expected keys and values of shape {expected} (rows, KV heads, tokens, head_dim), found {k_BKTH.shape} and {v_BKTH.shape}")
+            raise CacheError(
+                f"cache: expected keys and values of shape {expected} (rows, KV heads, tokens, head_dim), found {k_BKTH.shape} and {v_BKTH.shape}"
+            )
         if not 0 <= layer < self.config.num_hidden_layers:
             raise CacheError(f"cache: expected layers 0 to {self.config.num_hidden_layers - 1}, found layer {layer}")
         if not self._awaited:
@@ -149,7 +162,8 @@ class KVCache:
     def read(self, layer: int, dtype: np.typing.DTypeLike) -> tuple[np.ndarray, np.ndarray]:
         """`k_BKSH` and `v_BKSH` that one layer holds, in `dtype`, in the order of `positions_BS`; nothing is added."""
         held = slice(self._start, self._end)
-        return tuple(self.scheme.read(stored[layer], held, np.dtype(dtype)) for stored in (self._keys, self._values))
+        k_BKSH = self.scheme.read(self._keys[layer], held, np.dtype(dtype))
+        return k_BKSH, self.scheme.read(self._values[layer], held, np.dtype(dtype))
 
     def crop(self, length: int) -> None:
         """Forgets the newest slots so that `length` are left. Raises CacheError when a window has dropped older ones."""
@@ -159,13 +173,13 @@ class KVCache:
             raise CacheError(f"cache: cannot crop to {length} tokens: {why}")
         self._end = self._start + length
 
-    def select(self, rows: Sequence[int]) -> "KVCache":
+    def select(self, rows: Sequence[int] | np.ndarray) -> "KVCache":
         """A cache of these rows, in this order (a row may come twice); slots that none of them uses are left out."""
-        rows = np.asarray(rows, dtype=np.intp)
-        if rows.ndim != 1 or (rows.size and not (0 <= rows.min() and rows.max() < self.batch_size)):
-            raise CacheError(f"cache: expected rows from 0 to {self.batch_size - 1}, found {rows.tolist()}")
-        used = self._start + np.flatnonzero((self.positions_BS[rows] >= 0).any(axis=0))
-        return self._copied(rows, used, before=0)
+        rows_R = np.asarray(rows, dtype=np.intp)
+        if rows_R.ndim != 1 or (rows_R.size and not (rows_R.min() >= 0 and rows_R.max() < self.batch_size)):
+            raise CacheError(f"cache: expected rows from 0 to {self.batch_size - 1}, found {rows_R.tolist()}")
+        used = self._start + np.flatnonzero((self.positions_BS[rows_R] >= 0).any(axis=0))
+        return self._copied(rows_R, used, before=0)
 
     def merge(self, other: "KVCache") -> "KVCache":
         """A cache with the rows of both, this one's first; the shorter one is padded in front with empty slots."""
@@ -173,7 +187,9 @@ class KVCache:
             raise CacheError("cache: expected caches of one model, scheme and window to merge, found two kinds")
         length = max(self.length, other.length)
         mine, theirs = (
-            cache._copied(np.arange(cache.batch_size), np.arange(cache._start, cache._end), before=length - cache.length)
+            cache._copied(
+                np.arange(cache.batch_size), np.arange(cache._start, cache._end), before=length - cache.length
+            )
             for cache in (self, other)
         )
         mine._positions_BC = np.concatenate([mine._positions_BC, theirs._positions_BC])
@@ -184,7 +200,9 @@ class KVCache:
 
     def _check_whole(self) -> None:
         if self._awaited:
-            raise CacheError(f"cache: a pass was broken off before layers {sorted(self._awaited)} came; it cannot be used")
+            raise CacheError(
+                f"cache: a pass was broken off before layers {sorted(self._awaited)} came; it cannot be used"
+            )
 
     def _allocate(self, capacity: int) -> Stored:
         return self.scheme.allocate((self.batch_size, self.config.num_key_value_heads, capacity, self.config.head_dim))

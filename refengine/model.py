@@ -11,6 +11,7 @@ sliding windows and what a cache has dropped all follow from positions: there is
 
 import numpy as np
 
+from refengine.config import Config
 from refengine.errors import TokensError
 from refengine.kvcache import NO_CACHE, Cache
 from refengine.ops import OPS, Ops
@@ -19,8 +20,14 @@ from refengine.weights import Layer, Weights
 
 
 def forward(
-    weights: Weights, token_ids_BT: np.ndarray, positions_BT: np.ndarray, cache: Cache = NO_CACHE, *,
-    last: bool = False, ops: Ops = OPS, trace: Trace = no_trace,
+    weights: Weights,
+    token_ids_BT: np.ndarray,
+    positions_BT: np.ndarray,
+    cache: Cache = NO_CACHE,
+    *,
+    last: bool = False,
+    ops: Ops = OPS,
+    trace: Trace = no_trace,
 ) -> np.ndarray:
     """Logits of every token, or of the last column only.
 
@@ -41,7 +48,9 @@ def forward(
     """
     config = weights.config
     _check_tokens(token_ids_BT, positions_BT, config.vocab_size)
-    rope = ops.rope_table(config.rope_parameters, config.head_dim, config.max_position_embeddings, positions_BT, weights.dtype)
+    rope = ops.rope_table(
+        config.rope_parameters, config.head_dim, config.max_position_embeddings, positions_BT, weights.dtype
+    )
     x_BTD = weights.embed(token_ids_BT)
     trace("embed_tokens", x_BTD)
     for index, layer in enumerate(weights.layers()):
@@ -54,8 +63,17 @@ def forward(
     return logits_BTV
 
 
-def block(config, layer: Layer, index: int, x_BTD: np.ndarray, positions_BT: np.ndarray, rope: tuple[np.ndarray, np.ndarray],
-          cache: Cache, ops: Ops, trace: Trace) -> np.ndarray:
+def block(
+    config: Config,
+    layer: Layer,
+    index: int,
+    x_BTD: np.ndarray,
+    positions_BT: np.ndarray,
+    rope: tuple[np.ndarray, np.ndarray],
+    cache: Cache,
+    ops: Ops,
+    trace: Trace,
+) -> np.ndarray:
     """Decoder layer `index` alone: attention, then the MLP, each added to what came in."""
     eps, at = config.rms_norm_eps, f"layers.{index}."
     h_BTD = ops.rms_norm(x_BTD, layer.input_layernorm_D, eps)
@@ -69,7 +87,17 @@ def block(config, layer: Layer, index: int, x_BTD: np.ndarray, positions_BT: np.
     return x_BTD
 
 
-def attention(config, layer: Layer, index: int, h_BTD, positions_BT, rope, cache: Cache, ops: Ops, trace: Trace) -> np.ndarray:
+def attention(
+    config: Config,
+    layer: Layer,
+    index: int,
+    h_BTD: np.ndarray,
+    positions_BT: np.ndarray,
+    rope: tuple[np.ndarray, np.ndarray],
+    cache: Cache,
+    ops: Ops,
+    trace: Trace,
+) -> np.ndarray:
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     at = f"layers.{index}.self_attn."
     B, T, _ = h_BTD.shape
@@ -91,7 +119,7 @@ def attention(config, layer: Layer, index: int, h_BTD, positions_BT, rope, cache
     return y_BTD
 
 
-def mlp(config, layer: Layer, at: str, h_BTD: np.ndarray, ops: Ops, trace: Trace) -> np.ndarray:
+def mlp(config: Config, layer: Layer, at: str, h_BTD: np.ndarray, ops: Ops, trace: Trace) -> np.ndarray:
     gate_up_BTF = ops.linear(h_BTD, layer.gate_up_proj)
     F = config.intermediate_size
     gate_BTF, up_BTF = gate_up_BTF[..., :F], gate_up_BTF[..., F:]
@@ -106,10 +134,16 @@ def mlp(config, layer: Layer, at: str, h_BTD: np.ndarray, ops: Ops, trace: Trace
 
 def _check_tokens(token_ids_BT: np.ndarray, positions_BT: np.ndarray, vocab_size: int) -> None:
     if token_ids_BT.ndim != 2 or token_ids_BT.size == 0 or token_ids_BT.dtype.kind not in "iu":
-        raise TokensError(f"token ids: expected whole numbers of shape (batch, tokens), found {token_ids_BT.dtype} {token_ids_BT.shape}")
+        raise TokensError(
+            f"token ids: expected whole numbers of shape (batch, tokens), found {token_ids_BT.dtype} {token_ids_BT.shape}"
+        )
     if positions_BT.shape != token_ids_BT.shape or positions_BT.dtype.kind != "i" or positions_BT.min() < -1:
-        raise TokensError(f"positions: expected signed whole numbers of shape {token_ids_BT.shape}, from -1 (padding); "
-                          f"found {positions_BT.dtype} {positions_BT.shape} from {positions_BT.min(initial=0)}")
+        raise TokensError(
+            f"positions: expected signed whole numbers of shape {token_ids_BT.shape}, from -1 (padding); "
+            f"found {positions_BT.dtype} {positions_BT.shape} from {positions_BT.min(initial=0)}"
+        )
     if token_ids_BT.min() < 0 or token_ids_BT.max() >= vocab_size:
         wrong = token_ids_BT[(token_ids_BT < 0) | (token_ids_BT >= vocab_size)][0]
-        raise TokensError(f"token ids: expected 0 to {vocab_size - 1}, found {wrong}; was it made by another model's tokenizer?")
+        raise TokensError(
+            f"token ids: expected 0 to {vocab_size - 1}, found {wrong}; was it made by another model's tokenizer?"
+        )

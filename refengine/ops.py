@@ -95,7 +95,11 @@ def softmax_weighted_sum(scores_BKRS: np.ndarray, v_BKSH: np.ndarray) -> np.ndar
 
 
 def attend(
-    q_BTNH: np.ndarray, k_BKSH: np.ndarray, v_BKSH: np.ndarray, positions_BT: np.ndarray, positions_BS: np.ndarray,
+    q_BTNH: np.ndarray,
+    k_BKSH: np.ndarray,
+    v_BKSH: np.ndarray,
+    positions_BT: np.ndarray,
+    positions_BS: np.ndarray,
     window: int | None,
 ) -> np.ndarray:
     """Grouped-query attention: query head n reads key-value head n // G. Returns `y_BTNH`.
@@ -108,7 +112,7 @@ def attend(
     for start in range(0, T, QUERY_BLOCK):
         block = slice(start, min(start + QUERY_BLOCK, T))
         allowed_BTS = attention_mask(positions_BT[:, block], positions_BS, window)
-        seen = _span(allowed_BTS.any(axis=(0, 1)))
+        seen = _span(np.logical_or.reduce(allowed_BTS, axis=(0, 1)))
         scores_BKRS = scores(q_BTNH[:, block], k_BKSH[:, :, seen])
         hide(scores_BKRS, allowed_BTS[:, :, seen])
         y_BKRH = softmax_weighted_sum(scores_BKRS, v_BKSH[:, :, seen])

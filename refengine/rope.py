@@ -8,7 +8,9 @@ from refengine.errors import ConfigError
 from refengine.rope_config import RopeParameters
 
 
-def rope_inverse_frequencies(rope: RopeParameters, head_dim: int, max_position_embeddings: int, length: int) -> tuple[np.ndarray, float]:
+def rope_inverse_frequencies(
+    rope: RopeParameters, head_dim: int, max_position_embeddings: int, length: int
+) -> tuple[np.ndarray, float]:
     """Radians a position for each pair of dimensions, and the factor on cos and sin.
 
     Args:
@@ -39,7 +41,13 @@ def rope_inverse_frequencies(rope: RopeParameters, head_dim: int, max_position_e
     return inv_freq_P, 1.0
 
 
-def rope_table(rope: RopeParameters, head_dim: int, max_position_embeddings: int, positions_BT: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+def rope_table(
+    rope: RopeParameters,
+    head_dim: int,
+    max_position_embeddings: int,
+    positions_BT: np.ndarray,
+    dtype: np.dtype,
+) -> tuple[np.ndarray, np.ndarray]:
     """`cos_BTP` and `sin_BTP` of every position; angles in float64 always, the result in `dtype`.
 
     `dynamic` takes each row's own longest position, so that a row never depends on its neighbours.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from refengine.config_values import Given, found, mapping, number, one_of
 from refengine.errors import ConfigError
@@ -51,7 +52,7 @@ def rope_parameters_of(given: Given, head_dim: int) -> RopeParameters:
     if not one_of(said.get("partial_rotary_factor"), (None, 1, 1.0)):
         raise ConfigError(f"partial_rotary_factor: expected 1.0, found {found(said['partial_rotary_factor'])}")
     needed, optional = ROPE_KEYS[rope_type]
-    numbers = {key: number(said, key) for key in needed}
+    numbers: dict[str, Any] = {key: number(said, key) for key in needed}
     numbers |= {key: number(said, key) for key in optional if said.get(key) is not None}
     rope = RopeParameters(
         rope_type, _theta(given, said), truncate=_truncate(said) if rope_type == "yarn" else None, **numbers
@@ -85,7 +86,9 @@ def _check(rope: RopeParameters, given: Given, said: Given, head_dim: int) -> No
     """Contradictions, and settings at which a variant's formula divides by zero."""
     outer = given.get(LENGTH)
     if outer is not None and outer != said.get(LENGTH, outer):
-        raise ConfigError(f"{LENGTH}: found {found(outer)} at the top, {found(said[LENGTH])} in the rope parameters; expected one")
+        raise ConfigError(
+            f"{LENGTH}: found {found(outer)} at the top, {found(said[LENGTH])} in the rope parameters; expected one"
+        )
     if rope.rope_type == "dynamic" and head_dim <= 2:
         raise ConfigError(f"head_dim: rope_type 'dynamic' needs more than 2 dimensions a head, found {head_dim}")
     if rope.rope_type == "yarn" and rope.rope_theta <= 1:

@@ -58,9 +58,7 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool) -
 def _from_directory(path: Path) -> "PreTrainedTokenizerBase":
     transformers = _transformers(path)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise InputError(
-            f"{path}: no tokenizer.json; copy the tokenizer's files here from the model's source"
-        )
+        raise InputError(f"{path}: no tokenizer.json; copy the tokenizer's files here from the model's source")
     # tokenizer.json says everything. AutoTokenizer would read config.json too, refuse some that are sound,
     # and for some families build another tokenizer than the file describes.
     whole = (path / "tokenizer.json").is_file()
@@ -93,9 +91,7 @@ def _encode_chat(tokenizer: "PreTrainedTokenizerBase", text: str) -> Any:
     try:
         from jinja2 import TemplateError
     except ImportError as error:
-        raise MissingPackage(
-            "a chat template needs the jinja2 package; install the tokenizer extra"
-        ) from error
+        raise MissingPackage("a chat template needs the jinja2 package; install the tokenizer extra") from error
 
     messages = [{"role": "user", "content": text}]
     try:

@@ -60,5 +60,7 @@ class Recorder:
         """This recorder, if the model has every point it asks for; otherwise raises InputError."""
         unknown = sorted((self.points or frozenset()) - trace_points(num_hidden_layers).keys())
         if unknown:
-            raise InputError(f"trace: no point {unknown[0]!r} in a model of {num_hidden_layers} layers; see refengine.trace.trace_points")
+            raise InputError(
+                f"trace: no point {unknown[0]!r} in a model of {num_hidden_layers} layers; see refengine.trace.trace_points"
+            )
         return self

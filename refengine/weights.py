@@ -63,11 +63,25 @@ class Weights:
         check_names_and_shapes(checkpoint)
         read.check_tied_head()
         if not resident:
-            return cls(checkpoint.config, read.dtype, read.embed, read.layers, read("model.norm.weight"), read.head_pieces)
+            return cls(
+                checkpoint.config,
+                read.dtype,
+                read.embed,
+                read.layers,
+                read("model.norm.weight"),
+                read.head_pieces,
+            )
         embedding_VD = read(EMBEDDING)
         layers = list(read.layers())
         head = [Linear(embedding_VD if read.head_name == EMBEDDING else read(HEAD))]
-        return cls(checkpoint.config, read.dtype, embedding_VD.__getitem__, lambda: layers, read("model.norm.weight"), lambda: head)
+        return cls(
+            checkpoint.config,
+            read.dtype,
+            embedding_VD.__getitem__,
+            lambda: layers,
+            read("model.norm.weight"),
+            lambda: head,
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,9 @@ class _Reader:
             tensor = np.ascontiguousarray(stored, dtype=self.dtype)
         if not np.isfinite(tensor).all():
             bad = int(tensor.size - np.count_nonzero(np.isfinite(tensor)))
-            raise CheckpointError(f"{self.checkpoint.path}: {name}: expected finite weights, found {bad} NaN or infinite values as {self.dtype}")
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {name}: expected finite weights, found {bad} NaN or infinite values as {self.dtype}"
+            )
         return tensor
 
     def _stacked(self, prefix: str, *modules: str) -> Linear:
@@ -105,7 +121,9 @@ class _Reader:
         if self.head_name == HEAD or HEAD not in self.checkpoint.names:
             return
         for start, stop in self._pieces():
-            if not np.array_equal(self.checkpoint.rows(HEAD, start, stop), self.checkpoint.rows(EMBEDDING, start, stop)):
+            if not np.array_equal(
+                self.checkpoint.rows(HEAD, start, stop), self.checkpoint.rows(EMBEDDING, start, stop)
+            ):
                 raise CheckpointError(
                     f"{self.checkpoint.path}: {HEAD}: expected a copy of {EMBEDDING}, since config.json says "
                     "tie_word_embeddings, found another tensor; remove it, or set tie_word_embeddings to false"
@@ -152,7 +170,10 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     for index in range(config.num_hidden_layers):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"model.layers.{index}.{norm}.weight"] = (D,)
-        for part, modules, biased in (("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias)):
+        for part, modules, biased in (
+            ("self_attn", attention, config.attention_bias),
+            ("mlp", mlp, config.mlp_bias),
+        ):
             for module, shape in modules.items():
                 shapes[f"model.layers.{index}.{part}.{module}.weight"] = shape
                 if biased:
@@ -165,10 +186,16 @@ def check_names_and_shapes(checkpoint: Checkpoint) -> None:
     expected = expected_shapes(checkpoint.config)
     for name, shape in expected.items():
         if name not in checkpoint.names:
-            raise CheckpointError(f"{checkpoint.path}: no tensor {name!r}; the checkpoint is incomplete or of another model")
+            raise CheckpointError(
+                f"{checkpoint.path}: no tensor {name!r}; the checkpoint is incomplete or of another model"
+            )
         if checkpoint.shape(name) != shape:
-            raise CheckpointError(f"{checkpoint.path}: {name}: expected shape {shape} from config.json, found {checkpoint.shape(name)}")
+            raise CheckpointError(
+                f"{checkpoint.path}: {name}: expected shape {shape} from config.json, found {checkpoint.shape(name)}"
+            )
     for name in sorted(checkpoint.names - expected.keys()):
         # A stored rotary table and the copy of a tied head repeat what the configuration says; anything else is not read.
         if name != HEAD and not name.endswith("rotary_emb.inv_freq"):
-            raise CheckpointError(f"{checkpoint.path}: {name}: not part of the model that config.json describes (a bias it denies, or another family)")
+            raise CheckpointError(
+                f"{checkpoint.path}: {name}: not part of the model that config.json describes (a bias it denies, or another family)"
+            )

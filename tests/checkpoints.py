@@ -28,7 +28,10 @@ TINY: dict[str, Any] = {
 
 
 def write_checkpoint(
-    path: Path, seed: int = 0, dtype: np.typing.DTypeLike = np.float32, **config: Any,
+    path: Path,
+    seed: int = 0,
+    dtype: np.typing.DTypeLike = np.float32,
+    **config: Any,
 ) -> Path:
     """Writes config.json and model.safetensors into the directory `path`, made if need be; returns `path`.
 

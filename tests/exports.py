@@ -49,12 +49,18 @@ def session(path: Path, provider: tuple[str, dict[str, str]]) -> ort.InferenceSe
 
 
 def run_in_steps(
-    loaded: ort.InferenceSession, token_ids_BT, positions_BT, steps: Sequence[int],
+    loaded: ort.InferenceSession,
+    token_ids_BT,
+    positions_BT,
+    steps: Sequence[int],
 ) -> dict[str, np.ndarray]:
     """Feeds the columns in so many at a time, the cache carried on; all logits, and the last cache."""
     names = [output.name for output in loaded.get_outputs()]
-    past = {i.name: np.zeros((len(token_ids_BT), i.shape[1], 0, i.shape[3]), np.float32)
-            for i in loaded.get_inputs() if i.name.startswith("past")}
+    past = {
+        i.name: np.zeros((len(token_ids_BT), i.shape[1], 0, i.shape[3]), np.float32)
+        for i in loaded.get_inputs()
+        if i.name.startswith("past")
+    }
     logits, start = [], 0
     for step in steps:
         new, start = slice(start, start + step), start + step
@@ -81,7 +87,10 @@ def reference(checkpoint: Checkpoint, token_ids_BT, positions_BT, dtype) -> dict
 
 
 def noise_ratios(
-    checkpoint: Checkpoint, token_ids_BT, positions_BT, found: dict[str, np.ndarray],
+    checkpoint: Checkpoint,
+    token_ids_BT,
+    positions_BT,
+    found: dict[str, np.ndarray],
 ) -> dict[str, float]:
     """The noise ratio of every output, over the tokens that are no padding."""
     exact = reference(checkpoint, token_ids_BT, positions_BT, np.float64)

@@ -39,9 +39,17 @@ def _fail(error: Exception | str, code: int) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and their options."""
-    root = argparse.ArgumentParser(prog="python -m verify", description="Does an exported language model still compute what its checkpoint says?")
+    root = argparse.ArgumentParser(
+        prog="python -m verify",
+        description="Does an exported language model still compute what its checkpoint says?",
+    )
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _add_compare(verbs.add_parser("compare", help="prove an export equal to its checkpoint, token for token, or show where it is not"))
+    _add_compare(
+        verbs.add_parser(
+            "compare",
+            help="prove an export equal to its checkpoint, token for token, or show where it is not",
+        )
+    )
     _add_inspect(verbs.add_parser("inspect", help="show what an export is, and who runs it"))
     _add_export(verbs.add_parser("export", help="write a plain ONNX decoder with its cache from a checkpoint"))
     return root
@@ -49,21 +57,57 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_compare(compare: argparse.ArgumentParser) -> None:
     compare.set_defaults(run=_compare)
-    compare.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint directory, hub name or .gguf file (default: the embedded model)")
-    compare.add_argument("candidate", nargs="?", metavar="CANDIDATE", type=Path, help=".onnx file or a directory that holds one (default: the embedded model's export)")
-    compare.add_argument("--runtime", action="append", choices=sorted(RUNTIMES), help="repeatable; default ort-openvino")
-    compare.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="repeatable; passed to the runtime unchanged")
+    compare.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="checkpoint directory, hub name or .gguf file (default: the embedded model)",
+    )
+    compare.add_argument(
+        "candidate",
+        nargs="?",
+        metavar="CANDIDATE",
+        type=Path,
+        help=".onnx file or a directory that holds one (default: the embedded model's export)",
+    )
+    compare.add_argument(
+        "--runtime", action="append", choices=sorted(RUNTIMES), help="repeatable; default ort-openvino"
+    )
+    compare.add_argument(
+        "--provider-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="repeatable; passed to the runtime unchanged",
+    )
     compare.add_argument("--cache", choices=("both", "on", "off"), default="both", help="default both")
     prompts = compare.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; default: a built-in set")
-    prompts.add_argument("--prompts", type=Path, metavar="FILE", help='one a line, or JSON lines with "text" or "token_ids"')
+    prompts.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='one a line, or JSON lines with "text" or "token_ids"'
+    )
     compare.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
-    compare.add_argument("--batch-size", type=_positive, metavar="N", help="default: all prompts in one left-padded batch where the export can take it")
-    compare.add_argument("--expect", choices=("float32",), default="float32", help="what counts as equal; default float32")
-    compare.add_argument("--no-diagnose", action="store_true", help="do not look for the cause (this release never does)")
-    compare.add_argument("--json", metavar="FILE", help='write the report as JSON; "-" is standard output, and takes the place of the console report')
+    compare.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="default: all prompts in one left-padded batch where the export can take it",
+    )
+    compare.add_argument(
+        "--expect", choices=("float32",), default="float32", help="what counts as equal; default float32"
+    )
+    compare.add_argument(
+        "--no-diagnose", action="store_true", help="do not look for the cause (this release never does)"
+    )
+    compare.add_argument(
+        "--json",
+        metavar="FILE",
+        help='write the report as JSON; "-" is standard output, and takes the place of the console report',
+    )
     reference = compare.add_mutually_exclusive_group()
-    reference.add_argument("--save-reference", type=Path, metavar="FILE", help="keep the reference's run, to be used again")
+    reference.add_argument(
+        "--save-reference", type=Path, metavar="FILE", help="keep the reference's run, to be used again"
+    )
     reference.add_argument("--reference", type=Path, metavar="FILE", help="use a reference run that was kept")
 
 
@@ -92,10 +136,10 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from verify.inspection import inspect
-    from verify.report.console import print_inspection
+    from verify.inspection import facts, inspect
+    from verify.report.console import print_facts
 
-    print_inspection(inspect(options.candidate, options.runtime), Console())
+    print_facts(facts(inspect(options.candidate, options.runtime)), Console())
     return OK
 
 

@@ -43,7 +43,13 @@ class Comparison:
     The reference runs once: its greedy tokens do not depend on who is compared with it.
     """
 
-    def __init__(self, reference: Reference, request: Request, progress: Progress, reference_run: ReferenceRun | None = None):
+    def __init__(
+        self,
+        reference: Reference,
+        request: Request,
+        progress: Progress,
+        reference_run: ReferenceRun | None = None,
+    ):
         self.reference = reference
         self.request = request
         self.progress = progress
@@ -51,7 +57,9 @@ class Comparison:
 
     def cells(self, candidate: Candidate) -> list[Cell]:
         """One cell for each cache mode that the export can be run in."""
-        return [self.cell(candidate, mode) for mode in self.request.modes if mode == "off" or candidate.interface.has_cache]
+        return [
+            self.cell(candidate, mode) for mode in self.request.modes if mode == "off" or candidate.interface.has_cache
+        ]
 
     def cell(self, candidate: Candidate, mode: CacheMode) -> Cell:
         """The verdict on one candidate in one cache mode; what stops the runtime is the cell's reason, not an exception."""
@@ -84,7 +92,12 @@ class Comparison:
         again = "" if forced is None else ", on the reference's tokens"
         self.progress.begin(f"{candidate.runtime}, cache {mode}{again}", len(request.prompts) * request.max_new_tokens)
         return run_candidate(
-            candidate, request.prompts, request.max_new_tokens, use_cache=mode == "on", batch_size=rows, forced=forced,
+            candidate,
+            request.prompts,
+            request.max_new_tokens,
+            use_cache=mode == "on",
+            batch_size=rows,
+            forced=forced,
             on_step=self.progress.advance,
         )
 
@@ -112,9 +125,13 @@ def notes_on(candidate: Candidate, request: Request) -> list[str]:
     """What a reader has to know of how this candidate was compared."""
     notes = []
     if not candidate.interface.has_cache and "on" in request.modes:
-        notes.append(f"{candidate.runtime}: the export has no past_key_values input, so it was compared without a cache only")
+        notes.append(
+            f"{candidate.runtime}: the export has no past_key_values input, so it was compared without a cache only"
+        )
     if batch_size_for(candidate, request) == 1 and (request.batch_size or len(request.prompts)) > 1:
-        notes.append(f"{candidate.runtime}: the export cannot be told of left padding, so its prompts were run one by one")
+        notes.append(
+            f"{candidate.runtime}: the export cannot be told of left padding, so its prompts were run one by one"
+        )
     return notes
 
 

@@ -32,8 +32,14 @@ class CandidateRun:
 
 
 def run_candidate(
-    candidate: Candidate, prompts: Rows, max_new_tokens: int, *, use_cache: bool, batch_size: int,
-    forced: Rows | None = None, on_step: OnStep = lambda tokens: None,
+    candidate: Candidate,
+    prompts: Rows,
+    max_new_tokens: int,
+    *,
+    use_cache: bool,
+    batch_size: int,
+    forced: Rows | None = None,
+    on_step: OnStep = lambda tokens: None,
 ) -> CandidateRun:
     """Decodes `max_new_tokens` for each prompt, going on past end tokens.
 
@@ -48,7 +54,9 @@ def run_candidate(
     parts = []
     for start in range(0, len(prompts), batch_size):
         rows = slice(start, start + batch_size)
-        parts.append(_run_batch(candidate, prompts[rows], max_new_tokens, use_cache, forced[rows] if forced else None, on_step))
+        parts.append(
+            _run_batch(candidate, prompts[rows], max_new_tokens, use_cache, forced[rows] if forced else None, on_step)
+        )
     return CandidateRun(
         tokens=[row for part in parts for row in part.tokens],
         logits=[row for part in parts for row in part.logits],
@@ -57,7 +65,14 @@ def run_candidate(
     )
 
 
-def _run_batch(candidate: Candidate, prompts: Rows, max_new_tokens: int, use_cache: bool, forced: Rows | None, on_step: OnStep) -> CandidateRun:
+def _run_batch(
+    candidate: Candidate,
+    prompts: Rows,
+    max_new_tokens: int,
+    use_cache: bool,
+    forced: Rows | None,
+    on_step: OnStep,
+) -> CandidateRun:
     token_ids_BT, positions_BT = left_padded(prompts)
     chosen: list[np.ndarray] = []
     columns: list[np.ndarray] = []  # logits, each (B, some columns, V)
@@ -80,7 +95,9 @@ def _run_batch(candidate: Candidate, prompts: Rows, max_new_tokens: int, use_cac
     there_BT = positions_BT >= 0
     return CandidateRun(
         tokens=np.stack(chosen, axis=1).tolist(),
-        logits=[logits[-min(int(there.sum()), len(logits)) :] for logits, there in zip(logits_BTV, there_BT, strict=True)],
+        logits=[
+            logits[-min(int(there.sum()), len(logits)) :] for logits, there in zip(logits_BTV, there_BT, strict=True)
+        ],
         caches=_caches(candidate, past, there_BT),
         seconds=seconds,
     )
@@ -91,10 +108,16 @@ def _caches(candidate: Candidate, past: Past | None, there_BS: np.ndarray) -> di
     if past is None:
         return {}
     caches = {}
-    for index, layer in enumerate(candidate.interface.layers):
-        for name, array in (("k_cache", layer.key_in), ("v_cache", layer.value_in)):
-            x_BSKH = past.arrays[array].swapaxes(1, 2)
-            if x_BSKH.shape[1] != there_BS.shape[1]:
-                raise NoVerdict(f"cache: expected {there_BS.shape[1]} tokens after the last step, found {x_BSKH.shape[1]} in {array}")
-            caches[f"layers.{index}.self_attn.{name}"] = [row[there].reshape(int(there.sum()), -1) for row, there in zip(x_BSKH, there_BS, strict=True)]
+    names = [
+        f"layers.{index}.self_attn.{kind}"
+        for index in range(len(candidate.interface.layers))
+        for kind in ("k_cache", "v_cache")
+    ]
+    for name, (array, _) in zip(names, candidate.interface.carried, strict=True):
+        x_BSKH = past.arrays[array].swapaxes(1, 2)
+        if x_BSKH.shape[1] != there_BS.shape[1]:
+            raise NoVerdict(
+                f"cache: expected {there_BS.shape[1]} tokens after the last step, found {x_BSKH.shape[1]} in {array}"
+            )
+        caches[name] = [row[there].reshape(int(there.sum()), -1) for row, there in zip(x_BSKH, there_BS, strict=True)]
     return caches

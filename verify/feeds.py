@@ -1,15 +1,12 @@
 """What a decoder export is fed for new tokens, and what of its outputs the next step is fed."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from verify.candidates import Past
 from verify.errors import NoVerdict
 from verify.interface import SWITCHES, Declared, Interface, check_same_model, interface_of
-
-if TYPE_CHECKING:
-    from verify.candidates import Past
 
 __all__ = ["Declared", "Interface", "check_same_model", "feed", "interface_of", "next_past"]
 
@@ -17,7 +14,7 @@ PADDING_POSITION = 0  # what position_ids holds at padding: masked out, but it h
 
 
 def feed(
-    interface: Interface, token_ids_BT: np.ndarray, positions_BT: np.ndarray, past: "Past | None" = None
+    interface: Interface, token_ids_BT: np.ndarray, positions_BT: np.ndarray, past: Past | None = None
 ) -> dict[str, np.ndarray]:
     """Every declared input, in its declared dtype, for new tokens that come after `past`.
 
@@ -32,8 +29,10 @@ def feed(
     """
     positions_BS = _with_past(positions_BT, past)
     if (positions_BS < 0).any() and not interface.has_attention_mask:
-        raise NoVerdict("attention_mask: the export has no such input, so it cannot be fed padding; "
-                        "compare one prompt at a time (--batch-size 1)")
+        raise NoVerdict(
+            "attention_mask: the export has no such input, so it cannot be fed padding; "
+            "compare one prompt at a time (--batch-size 1)"
+        )
     values: dict[str, np.ndarray | bool | int] = {
         "input_ids": token_ids_BT,
         "attention_mask": positions_BS >= 0,
@@ -43,7 +42,8 @@ def feed(
     }
     fed = {
         declared.name: _as_declared(values[declared.name], declared)
-        for declared in interface.inputs if declared.name in values
+        for declared in interface.inputs
+        if declared.name in values
     }
     for name, _ in interface.carried:
         fed[name] = _empty_past(interface, len(token_ids_BT)) if past is None else past.arrays[name]
@@ -55,8 +55,8 @@ def next_past(
     interface: Interface,
     outputs: Mapping[str, np.ndarray],
     positions_BT: np.ndarray,
-    past: "Past | None" = None,
-) -> "Past":
+    past: Past | None = None,
+) -> Past:
     """What the step after this one is fed: the present under the names of the past, in arrays of its own.
 
     Args:
@@ -68,7 +68,6 @@ def next_past(
     Raises:
         NoVerdict: a present is not as long as past and new tokens, or not as the next step has to be fed it.
     """
-    from verify.candidates import Past  # which needs Interface from here
 
     positions_BS = _with_past(positions_BT, past)
     expected = (positions_BS.shape[0], interface.kv_heads, positions_BS.shape[1], interface.head_dim)
@@ -77,16 +76,20 @@ def next_past(
     for name_in, name_out in interface.carried:
         present = outputs[name_out]
         if present.dtype.name != interface.cache_dtype:
-            raise NoVerdict(f"{name_out}: expected {interface.cache_dtype}, as {name_in} declares, "
-                            f"found {present.dtype.name}: {advice}")
+            raise NoVerdict(
+                f"{name_out}: expected {interface.cache_dtype}, as {name_in} declares, "
+                f"found {present.dtype.name}: {advice}"
+            )
         if present.shape != expected:
-            raise NoVerdict(f"{name_out}: expected shape {expected} (rows, KV heads, past and new tokens, "
-                            f"head size), found {present.shape}: {advice}")
+            raise NoVerdict(
+                f"{name_out}: expected shape {expected} (rows, KV heads, past and new tokens, "
+                f"head size), found {present.shape}: {advice}"
+            )
         arrays[name_in] = np.array(present)
     return Past(arrays, np.array(positions_BS))
 
 
-def _with_past(positions_BT: np.ndarray, past: "Past | None") -> np.ndarray:
+def _with_past(positions_BT: np.ndarray, past: Past | None) -> np.ndarray:
     return positions_BT if past is None else np.concatenate([past.positions_BS, positions_BT], axis=1)
 
 
@@ -108,5 +111,7 @@ def _check_fixed_sizes(interface: Interface, fed: Mapping[str, np.ndarray]) -> N
         found = fed[declared.name].shape
         pairs = zip(declared.shape, found, strict=True)
         if any(isinstance(size, int) and size != actual for size, actual in pairs):
-            raise NoVerdict(f"{declared.name}: the export takes shape {declared.shape_text} alone, and would "
-                            f"be fed {list(found)}; export it with dynamic axes")
+            raise NoVerdict(
+                f"{declared.name}: the export takes shape {declared.shape_text} alone, and would "
+                f"be fed {list(found)}; export it with dynamic axes"
+            )

@@ -17,7 +17,9 @@ def replacing(path: Path) -> Iterator[Path]:
         InputError: the directory of `path` does not exist, or `path` is a directory.
     """
     if not path.parent.is_dir() or path.is_dir():
-        raise InputError(f"{path}: expected a file name in a directory that exists, found {'a directory' if path.is_dir() else 'none'}")
+        raise InputError(
+            f"{path}: expected a file name in a directory that exists, found {'a directory' if path.is_dir() else 'none'}"
+        )
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield unfinished

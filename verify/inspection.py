@@ -7,7 +7,7 @@ from pathlib import Path
 from refengine.errors import InputError
 from verify.candidates import Settings
 from verify.candidates.onnx_file import OnnxFile, describe
-from verify.interface import Interface, interface_of
+from verify.interface import Declared, Interface, interface_of
 
 
 @dataclass(frozen=True)
@@ -54,3 +54,65 @@ def inspect(
         _, settings = open_session(file, runtime, provider_options or {})
     query_heads = file.query_heads(interface.head_dim if interface else None)
     return Inspection(file, interface, why_not, query_heads, runtime, settings)
+
+
+def facts(inspection: Inspection) -> tuple[tuple[str, str], ...]:
+    """What a reader is shown of an inspection: pairs of a heading and a text, in order."""
+    file = inspection.file
+    return (
+        ("file", str(file.path)),
+        ("sha256", file.sha256),
+        ("exporter", file.exporter),
+        ("opset", ", ".join(f"{domain} {version}" for domain, version in file.opsets.items())),
+        ("IR version", str(file.ir_version)),
+        *_decoder_facts(inspection),
+        ("inputs", "\n".join(map(_declaration, file.inputs))),
+        ("outputs", "\n".join(map(_declaration, file.outputs))),
+        ("operators", ", ".join(f"{name} {count}" for name, count in file.operators.items())),
+        (
+            "weights",
+            ", ".join(
+                f"{dtype}: {total.tensors} tensors, {total.nbytes / 1e6:.1f} MB"
+                for dtype, total in file.weights.items()
+            ),
+        ),
+        *_runtime_facts(inspection),
+    )
+
+
+def _decoder_facts(inspection: Inspection) -> list[tuple[str, str]]:
+    interface = inspection.interface
+    if interface is None:
+        return [("decoder", f"no: {inspection.why_not}")]
+    open_ = "left open"
+    return [
+        (
+            "cache",
+            f"yes, {interface.cache_dtype}" if interface.has_cache else "none: it was exported without past_key_values",
+        ),
+        ("layers", str(len(interface.layers)) if interface.layers else "not shown"),
+        ("query heads", str(inspection.query_heads or "not shown")),
+        ("KV heads", str(interface.kv_heads or open_)),
+        ("head size", str(interface.head_dim or open_)),
+        ("vocabulary", str(interface.vocab_size or open_)),
+    ]
+
+
+def _runtime_facts(inspection: Inspection) -> list[tuple[str, str]]:
+    if inspection.settings is None:
+        return []
+    effective = inspection.settings.effective
+    ran = [
+        f"{provider} runs {said['nodes']} nodes"
+        + (f": {', '.join(f'{name} {count}' for name, count in said['operators'].items())}" if said["nodes"] else "")
+        for provider, said in effective["providers"].items()
+    ]
+    return [
+        ("runtime", f"{inspection.runtime}, ONNX Runtime {effective['onnxruntime']}"),
+        ("who runs what", "\n".join(ran)),
+    ]
+
+
+def _declaration(declared: Declared) -> str:
+    shape = ", ".join("?" if size is None else str(size) for size in declared.shape)
+    return f"{declared.name}: {declared.dtype} [{shape}]"

@@ -8,9 +8,7 @@ from refengine.config import Config
 from refengine.errors import InputError
 
 # past_key_values.3.key (optimum, model builder), past_key_3 (Olive), past_3_key, ...; present likewise.
-CACHE_NAME = re.compile(
-    r"(past|present)(?:[._]key[._]values)?[._](?:(\d+)[._](key|value)|(key|value)[._](\d+))"
-)
+CACHE_NAME = re.compile(r"(past|present)(?:[._]key[._]values)?[._](?:(\d+)[._](key|value)|(key|value)[._](\d+))")
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 SWITCHES = ("use_cache_branch", "num_logits_to_keep")
 CACHE_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -68,8 +66,7 @@ class Interface:
     def carried(self) -> tuple[tuple[str, str], ...]:
         """What a step is fed of the one before: pairs of an input, and the output that it comes from."""
         pairs = [
-            pair for layer in self.layers
-            for pair in ((layer.key_in, layer.key_out), (layer.value_in, layer.value_out))
+            pair for layer in self.layers for pair in ((layer.key_in, layer.key_out), (layer.value_in, layer.value_out))
         ]
         return tuple((name_in, name_out) for name_in, name_out in pairs if name_in is not None)
 
@@ -116,8 +113,10 @@ def interface_of(inputs: Iterable[Declared], outputs: Iterable[Declared]) -> Int
     logits = next((declared for declared in outputs if declared.name == "logits"), None)
     if logits is None or len(logits.shape) not in (0, 3):  # 0: an exporter that left the rank out
         found = ", ".join(f"{declared.name} {declared.shape_text}" for declared in outputs[:4])
-        raise InputError(f"outputs: expected logits of shape [batch, tokens, vocabulary], found {found}: "
-                         "this is no decoder with a language head")
+        raise InputError(
+            f"outputs: expected logits of shape [batch, tokens, vocabulary], found {found}: "
+            "this is no decoder with a language head"
+        )
     names = {name for pair in (*past.values(), *present.values()) for name in pair}
     arrays = [declared for declared in inputs + outputs if declared.name in names]
     return Interface(
@@ -152,9 +151,7 @@ def check_same_model(interface: Interface, config: Config, query_heads: int | No
     other = [side for side in sides if side[1] not in (None, side[2])]
     if not other:
         return
-    both = "; ".join(
-        f"candidate has {found} {what}, checkpoint {expected}" for what, found, expected in other
-    )
+    both = "; ".join(f"candidate has {found} {what}, checkpoint {expected}" for what, found, expected in other)
     if [what for what, _, _ in other] == ["KV heads"] and interface.kv_heads == config.num_attention_heads:
         raise InputError(f"{both}: {QUERY_HEADS_FOR_KV_HEADS}")
     raise InputError(f"{both}: the export is of another model")
@@ -170,23 +167,26 @@ def _cache_names(tensors: Sequence[Declared], side: str) -> dict[int, tuple[str,
         of_layer = found.setdefault(int(match[2] or match[5]), {})
         kind = match[3] or match[4]
         if kind in of_layer:
-            raise InputError(f"{declared.name}: declared beside {of_layer[kind]}, which is the {kind} of the "
-                             "same layer")
+            raise InputError(
+                f"{declared.name}: declared beside {of_layer[kind]}, which is the {kind} of the same layer"
+            )
         of_layer[kind] = declared.name
     for number in range(len(found)):
         missing = {"key", "value"} - found.get(number, {}).keys()
         if missing:
-            raise InputError(f"{side}: expected a key and a value of layers 0 to {max(found)}, "
-                             f"found no {min(missing)} of layer {number}")
+            raise InputError(
+                f"{side}: expected a key and a value of layers 0 to {max(found)}, "
+                f"found no {min(missing)} of layer {number}"
+            )
     return {number: (found[number]["key"], found[number]["value"]) for number in sorted(found)}
 
 
-def _layers(
-    past: Mapping[int, tuple[str, str]], present: Mapping[int, tuple[str, str]]
-) -> tuple[LayerCache, ...]:
+def _layers(past: Mapping[int, tuple[str, str]], present: Mapping[int, tuple[str, str]]) -> tuple[LayerCache, ...]:
     if past and past.keys() != present.keys():
-        raise InputError("cache: expected a present output for each past input, found "
-                         f"{len(past)} layers of the past and {len(present)} of the present")
+        raise InputError(
+            "cache: expected a present output for each past input, found "
+            f"{len(past)} layers of the past and {len(present)} of the present"
+        )
     nothing: tuple[None, None] = (None, None)
     return tuple(
         LayerCache(key_in, value_in, key_out, value_out)
@@ -200,8 +200,7 @@ def _check_inputs(inputs: Sequence[Declared], cached: set[str]) -> None:
     for declared in inputs:
         name, found = declared.name, declared.shape_text
         if name not in known and name not in cached:
-            raise InputError(f"{name}: this input is not known, so it cannot be fed; "
-                             f"known are {', '.join(known)}")
+            raise InputError(f"{name}: this input is not known, so it cannot be fed; known are {', '.join(known)}")
         if name in TOKEN_INPUTS and len(declared.shape) != 2:
             raise InputError(f"{name}: expected shape [batch, tokens], found {found}")
         if name in ("input_ids", "position_ids") and declared.dtype not in ("int64", "int32"):
@@ -216,13 +215,15 @@ def _check_inputs(inputs: Sequence[Declared], cached: set[str]) -> None:
 def _size(arrays: Sequence[Declared], axis: int, rank: int, what: str) -> int | None:
     """The size that arrays of this rank declare on an axis; None when all leave it open."""
     sizes = {
-        size: declared.name for declared in arrays
+        size: declared.name
+        for declared in arrays
         if len(declared.shape) == rank and isinstance(size := declared.shape[axis], int)
     }
     if len(sizes) > 1:
         (one, first), (two, second) = list(sizes.items())[:2]
-        raise InputError(f"cache: expected {what} to be the same everywhere, "
-                         f"found {one} in {first} and {two} in {second}")
+        raise InputError(
+            f"cache: expected {what} to be the same everywhere, found {one} in {first} and {two} in {second}"
+        )
     return next(iter(sizes), None)
 
 
@@ -230,8 +231,10 @@ def _cache_dtype(arrays: Sequence[Declared]) -> str | None:
     dtypes = {declared.dtype: declared.name for declared in arrays}
     for dtype, name in dtypes.items():
         if dtype not in CACHE_DTYPES:
-            raise InputError(f"{name}: expected a cache of {', '.join(CACHE_DTYPES)}, found {dtype}: "
-                             "quantised caches are not supported")
+            raise InputError(
+                f"{name}: expected a cache of {', '.join(CACHE_DTYPES)}, found {dtype}: "
+                "quantised caches are not supported"
+            )
     if len(dtypes) > 1:
         found = " and ".join(f"{dtype} in {name}" for dtype, name in dtypes.items())
         raise InputError(f"cache: expected one dtype everywhere, found {found}")

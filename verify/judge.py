@@ -68,7 +68,9 @@ def _ratio(point: str, rows: Sequence[np.ndarray], reference: Measured, lengths:
     """The noise ratio over all positions of a point, and its worst position. A row may hold only its last positions."""
     ends = np.cumsum(lengths)
     places = [np.arange(end - len(row), end) for end, row in zip(ends, rows, strict=True)]
-    error_P = np.concatenate([rms(row - reference.value64_PX[at], axis=-1) for row, at in zip(rows, places, strict=True)])
+    error_P = np.concatenate(
+        [rms(row - reference.value64_PX[at], axis=-1) for row, at in zip(rows, places, strict=True)]
+    )
     place_P = np.concatenate(places)
     unit_P = reference.noise.rms_P[place_P]
     ratio_P = error_P / unit_P

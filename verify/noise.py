@@ -81,7 +81,11 @@ def rms_norm_scaled_first(x_BTD: np.ndarray, weight_D: np.ndarray, eps: float) -
 
 
 def rope_table_in_its_dtype(
-    rope: RopeParameters, head_dim: int, max_position_embeddings: int, positions_BT: np.ndarray, dtype: np.dtype,
+    rope: RopeParameters,
+    head_dim: int,
+    max_position_embeddings: int,
+    positions_BT: np.ndarray,
+    dtype: np.dtype,
 ) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin with the angles rounded to `dtype`, as every exporter computes them; matters at long positions."""
     length = int(positions_BT.max()) + 1
@@ -91,7 +95,11 @@ def rope_table_in_its_dtype(
 
 
 def attend_with_probabilities(
-    q_BTNH: np.ndarray, k_BKSH: np.ndarray, v_BKSH: np.ndarray, positions_BT: np.ndarray, positions_BS: np.ndarray,
+    q_BTNH: np.ndarray,
+    k_BKSH: np.ndarray,
+    v_BKSH: np.ndarray,
+    positions_BT: np.ndarray,
+    positions_BS: np.ndarray,
     window: int | None,
 ) -> np.ndarray:
     """Attention as it is written down: scores scaled after the product, probabilities normalised before the values."""
@@ -116,12 +124,17 @@ def silu_gate_by_sigmoid(gate_BTF: np.ndarray, up_BTF: np.ndarray) -> np.ndarray
 EQUIVALENT_ORDERS: Mapping[str, Ops] = {
     "the reference's own": OPS,
     "as exporters write it": replace(
-        OPS, rms_norm=rms_norm_scaled_first, rope_table=rope_table_in_its_dtype, attend=attend_with_probabilities,
+        OPS,
+        rms_norm=rms_norm_scaled_first,
+        rope_table=rope_table_in_its_dtype,
+        attend=attend_with_probabilities,
         silu_gate=silu_gate_by_sigmoid,
     ),
     "sums in two halves": replace(OPS, linear=linear_in_two_halves, rope_table=rope_table_in_its_dtype),
     "sums in blocks": replace(
-        OPS, linear=linear_in_blocks, rope_table=rope_table_in_its_dtype, attend=attend_with_probabilities,
+        OPS,
+        linear=linear_in_blocks,
+        rope_table=rope_table_in_its_dtype,
+        attend=attend_with_probabilities,
     ),
 }
-

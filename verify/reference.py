@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -85,7 +86,9 @@ class Reference:
             logits_PV, caches = _pass(endless, prompts, tokens)
         return self._with_noise(prompts, tokens, logits_PV, caches)
 
-    def _with_noise(self, prompts: Rows, tokens: Rows, logits64_PV: np.ndarray, caches64: Mapping[str, np.ndarray]) -> ReferenceRun:
+    def _with_noise(
+        self, prompts: Rows, tokens: Rows, logits64_PV: np.ndarray, caches64: Mapping[str, np.ndarray]
+    ) -> ReferenceRun:
         weights = Weights.open(self.checkpoint, np.float32)
         flips_P = np.zeros(len(logits64_PV))
         errors: dict[str, list[np.ndarray]] = {"lm_head": [], **{name: [] for name in caches64}}
@@ -118,7 +121,9 @@ def step_slices(prompts: Rows, tokens: Rows) -> list[slice]:
 
 def _pass(weights: Weights, prompts: Rows, tokens: Rows, ops: Ops = OPS) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits, and keys and values by trace point, at every position of every row, rows one after the other."""
-    token_ids_BT, positions_BT = left_padded([[*prompt, *new[:-1]] for prompt, new in zip(prompts, tokens, strict=True)])
+    token_ids_BT, positions_BT = left_padded(
+        [[*prompt, *new[:-1]] for prompt, new in zip(prompts, tokens, strict=True)]
+    )
     there_BT = positions_BT >= 0
     place_BT = there_BT.cumsum().reshape(there_BT.shape) - 1
     cache = KVCache(weights.config, len(token_ids_BT), Float(weights.dtype))
@@ -129,13 +134,26 @@ def _pass(weights: Weights, prompts: Rows, tokens: Rows, ops: Ops = OPS) -> tupl
     caches = {}
     for layer in range(weights.config.num_hidden_layers):
         for name, x_BKSH in zip("kv", cache.read(layer, weights.dtype), strict=True):
-            caches[f"layers.{layer}.self_attn.{name}_cache"] = x_BKSH.swapaxes(1, 2)[there_BT].reshape(len(logits_PV), -1)
+            caches[f"layers.{layer}.self_attn.{name}_cache"] = x_BKSH.swapaxes(1, 2)[there_BT].reshape(
+                len(logits_PV), -1
+            )
     return logits_PV, caches
 
 
 def save_reference(path: Path, run: ReferenceRun, model_sha256: str) -> None:
     """Writes a reference run to one `.npz` file, to be used again by `load_reference`."""
-    arrays = {"header": np.array(json.dumps({"format": 1, "model_sha256": model_sha256, "prompts": _lists(run.prompts), "tokens": _lists(run.tokens)}))}
+    arrays: dict[str, Any] = {
+        "header": np.array(
+            json.dumps(
+                {
+                    "format": 1,
+                    "model_sha256": model_sha256,
+                    "prompts": _lists(run.prompts),
+                    "tokens": _lists(run.tokens),
+                }
+            )
+        )
+    }
     arrays["flips_P"] = run.flips_P
     for name, measured in {"lm_head": run.logits, **run.caches}.items():
         arrays[f"{name}/value64"] = measured.value64_PX
@@ -158,18 +176,25 @@ def load_reference(path: Path, model_sha256: str, prompts: Rows, max_new_tokens:
             flips_P = arrays.pop("flips_P")
             names = sorted({name.rsplit("/", 1)[0] for name in arrays})
             measured = {
-                name: Measured(arrays[f"{name}/value64"], Noise(arrays[f"{name}/rms"], *map(float, arrays[f"{name}/bounds"])))
+                name: Measured(
+                    arrays[f"{name}/value64"],
+                    Noise(arrays[f"{name}/rms"], *map(float, arrays[f"{name}/bounds"])),
+                )
                 for name in names
             }
             run = ReferenceRun(header["prompts"], header["tokens"], measured.pop("lm_head"), flips_P, measured)
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise InputError(f"{path}: not a saved reference run ({error}); make one with --save-reference") from error
     if header["model_sha256"] != model_sha256:
-        raise InputError(f"{path}: made from another model (sha256 {header['model_sha256'][:12]}, this one {model_sha256[:12]}); make it again with --save-reference")
+        raise InputError(
+            f"{path}: made from another model (sha256 {header['model_sha256'][:12]}, this one {model_sha256[:12]}); make it again with --save-reference"
+        )
     if run.prompts != _lists(prompts):
         raise InputError(f"{path}: made from other prompts; use the same ones, or make it again with --save-reference")
     if any(len(new) != max_new_tokens for new in run.tokens):
-        raise InputError(f"{path}: made with --max-new-tokens {len(run.tokens[0])}, asked for {max_new_tokens}; make it again with --save-reference")
+        raise InputError(
+            f"{path}: made with --max-new-tokens {len(run.tokens[0])}, asked for {max_new_tokens}; make it again with --save-reference"
+        )
     return run
 
 

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from refengine.checkpoint import Checkpoint, open_checkpoint
 from refengine.errors import InputError
@@ -70,8 +78,13 @@ def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> 
     if options.save_reference is not None and comparison.reference_run is not None:
         save_reference(options.save_reference, comparison.reference_run, model.sha256)
     return Report(
-        model, Exported(str(file.path), file.exporter, file.sha256), len(request.prompts), request.max_new_tokens,
-        tuple(cells), tuple(notes), tuple(not_revealed(checkpoint.config, request, padded)),
+        model,
+        Exported(str(file.path), file.exporter, file.sha256),
+        len(request.prompts),
+        request.max_new_tokens,
+        tuple(cells),
+        tuple(notes),
+        tuple(not_revealed(checkpoint.config, request, padded)),
     )
 
 
@@ -133,6 +146,12 @@ class _Bars:
 @contextmanager
 def _progress() -> Iterator[_Bars]:
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         yield _Bars(bars)

@@ -44,9 +44,7 @@ def weights_by_checkpoint_name(biases: bool = False, head: bool = False) -> dict
         "mlp.down_proj": (D, F),
     }
     for layer in range(LAYERS):
-        shapes |= {
-            f"model.layers.{layer}.{norm}_layernorm.weight": (D,) for norm in ("input", "post_attention")
-        }
+        shapes |= {f"model.layers.{layer}.{norm}_layernorm.weight": (D,) for norm in ("input", "post_attention")}
         for module, shape in modules.items():
             shapes[f"model.layers.{layer}.{module}.weight"] = shape
             if biases:

@@ -27,9 +27,7 @@ def run_node(node: onnx.NodeProto, inputs: list[np.ndarray]) -> list[np.ndarray]
     schema = onnx.defs.get_schema(node.op_type)
     given = iter(inputs)
     named = {
-        formal.name: _computable(next(given))
-        for formal, name in zip(schema.inputs, node.input, strict=False)
-        if name
+        formal.name: _computable(next(given)) for formal, name in zip(schema.inputs, node.input, strict=False) if name
     }
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     outputs = ADAPTERS[node.op_type](named, attributes)
@@ -141,9 +139,7 @@ def _attend(problem: _Problem) -> np.ndarray:
     q_R1NH[..., H] = wide**0.5
     k_RKSH, v_RKSH = _widened(k_RKSH, wide), _widened(v_RKSH, wide)
     k_RKSH[..., H] = np.where(mask_RS > -np.inf, mask_RS, 0)[:, None]
-    y_R1NH = ops.attend(
-        q_R1NH, k_RKSH, v_RKSH, problem.positions_BT[b_R, t_R][:, None], positions_RS, problem.window
-    )
+    y_R1NH = ops.attend(q_R1NH, k_RKSH, v_RKSH, problem.positions_BT[b_R, t_R][:, None], positions_RS, problem.window)
     return y_R1NH[..., :H].reshape(B, T, N, H)
 
 
@@ -161,9 +157,7 @@ def _attend_in_parts(problem: _Problem, attributes: Attributes) -> tuple[np.ndar
     scores_BKRS = (steps[1] + (0 if problem.mask_BNTS is None else problem.mask_BNTS)).reshape(B, K, -1, S)
     ops.hide(scores_BKRS, ops.attention_mask(problem.positions_BT, problem.positions_BS, problem.window))
     steps.append(scores_BKRS.reshape(B, N, T, S).copy())
-    precision = onnx.helper.tensor_dtype_to_np_dtype(
-        attributes.get("softmax_precision", onnx.TensorProto.FLOAT)
-    )
+    precision = onnx.helper.tensor_dtype_to_np_dtype(attributes.get("softmax_precision", onnx.TensorProto.FLOAT))
     scores_BKRS = scores_BKRS.astype(precision)
     identity_BKSS = np.broadcast_to(np.eye(S, dtype=precision), (B, K, S, S))
     # The probabilities themselves are a weighted sum of the unit vectors.
@@ -222,9 +216,7 @@ def _mask(mask: np.ndarray | None, shape_BNTS: tuple[int, ...]) -> np.ndarray | 
     return np.broadcast_to(full, shape_BNTS)
 
 
-def _with_past(
-    past_k: np.ndarray, past_v: np.ndarray, k: np.ndarray, v: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _with_past(past_k: np.ndarray, past_v: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rows, heads, before, size = past_k.shape
     cache = KVCache(replace(ONE_LAYER, num_key_value_heads=heads, head_dim=size), rows)
     cache.update(0, past_k, past_v, np.broadcast_to(np.arange(before), (rows, before)))

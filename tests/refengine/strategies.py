@@ -120,8 +120,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     if found.shape != expected.shape or found.dtype != expected.dtype or not np.isfinite(found).all():
         return np.inf
     return float(
-        np.abs(found - expected).max(initial=0)
-        / max(np.abs(expected).max(initial=0), np.finfo(np.float64).tiny)
+        np.abs(found - expected).max(initial=0) / max(np.abs(expected).max(initial=0), np.finfo(np.float64).tiny)
     )
 
 

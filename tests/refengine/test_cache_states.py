@@ -70,9 +70,7 @@ class CacheMachine(RuleBasedStateMachine):
         rows = data.draw(st.lists(st.integers(0, len(self.slots) - 1), min_size=1, max_size=4))
         self.kept = self.kept.select(rows)
         used = [any(self.slots[row][s] is not None for row in rows) for s in range(len(self.slots[0]))]
-        self.slots = [
-            [token for token, keep in zip(self.slots[row], used, strict=True) if keep] for row in rows
-        ]
+        self.slots = [[token for token, keep in zip(self.slots[row], used, strict=True) if keep] for row in rows]
 
     @precondition(lambda self: len(self.slots) < 4)
     @rule(rows=prompts, first=st.booleans())
@@ -107,9 +105,7 @@ class CacheMachine(RuleBasedStateMachine):
         columns = [row[-width:] for row in slots]
         token_ids_BT = np.array([[token or 0 for token in row] for row in columns])
         real_BT = np.array([[token is not None for token in row] for row in columns])
-        positions_BT = np.where(
-            real_BT, np.array([[len(row)] for row in before]) + np.cumsum(real_BT, axis=1) - 1, -1
-        )
+        positions_BT = np.where(real_BT, np.array([[len(row)] for row in before]) + np.cumsum(real_BT, axis=1) - 1, -1)
         logits_BTV = forward(self.weights, token_ids_BT, positions_BT, kept)
         for b in np.flatnonzero(real_BT.any(axis=1)):
             tokens = before[b] + [token for token in columns[b] if token is not None]
@@ -119,9 +115,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize(("model", "window"), KINDS_OF_CACHE, indirect=["model"])
-def test_any_feeding_cropping_selecting_and_merging_keeps_each_rows_logits(
-    model: Weights, window: int | None
-) -> None:
+def test_any_feeding_cropping_selecting_and_merging_keeps_each_rows_logits(model: Weights, window: int | None) -> None:
     class Machine(CacheMachine):
         weights = model
 

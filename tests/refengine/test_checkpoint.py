@@ -52,9 +52,7 @@ def test_rows_are_a_slice_of_the_tensor(directory: Path) -> None:
 def test_shards_compute_what_one_file_does(directory: Path, tmp_path: Path, resident: bool) -> None:
     sharded(shutil.copytree(directory, tmp_path / "shards"))
     one, other = (
-        forward(
-            Weights.open(open_checkpoint(path), resident=resident), np.arange(9)[None], np.arange(9)[None]
-        )
+        forward(Weights.open(open_checkpoint(path), resident=resident), np.arange(9)[None], np.arange(9)[None])
         for path in (directory, tmp_path / "shards")
     )
     np.testing.assert_array_equal(one, other)

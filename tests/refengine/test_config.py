@@ -28,15 +28,10 @@ def test_a_config_without_head_dim_divides_hidden_size_by_the_heads() -> None:
 
 
 def test_a_llama_without_num_key_value_heads_has_one_for_each_query_head() -> None:
-    assert (
-        Config.from_dict(without(TINY, "num_key_value_heads")).num_key_value_heads
-        == TINY["num_attention_heads"]
-    )
+    assert Config.from_dict(without(TINY, "num_key_value_heads")).num_key_value_heads == TINY["num_attention_heads"]
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"), [(None, ()), (7, (7,)), ([7], (7,)), ([7, 2, 9], (7, 2, 9))], ids=str
-)
+@pytest.mark.parametrize(("value", "expected"), [(None, ()), (7, (7,)), ([7], (7,)), ([7, 2, 9], (7, 2, 9))], ids=str)
 def test_end_tokens_are_none_one_or_many(value: Any, expected: tuple[int, ...]) -> None:
     assert Config.from_dict(TINY | {"eos_token_id": value}).eos_token_id == expected
 

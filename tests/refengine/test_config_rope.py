@@ -52,9 +52,7 @@ def test_an_unknown_rope_type_is_refused_with_those_that_are_known(rope_type: An
     ids=lambda value: str(value)[:30],
 )
 @pytest.mark.parametrize("value", ["absent", None, 0, -2.0, "2"], ids=str)
-def test_a_rope_setting_that_is_missing_or_out_of_range_is_named(
-    rope: dict[str, Any], key: str, value: Any
-) -> None:
+def test_a_rope_setting_that_is_missing_or_out_of_range_is_named(rope: dict[str, Any], key: str, value: Any) -> None:
     changed = without(rope, key) if value == "absent" else rope | {key: value}
     assert key in refused(TINY | {"rope_parameters": changed})
 
@@ -88,7 +86,5 @@ def test_a_rope_setting_that_is_missing_or_out_of_range_is_named(
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_a_setting_that_contradicts_another_or_divides_by_zero_is_named(
-    change: dict[str, Any], key: str
-) -> None:
+def test_a_setting_that_contradicts_another_or_divides_by_zero_is_named(change: dict[str, Any], key: str) -> None:
     assert key in refused(TINY | change)

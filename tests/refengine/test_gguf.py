@@ -185,14 +185,10 @@ def test_rope_scaling_is_read(tmp_path: Path, metadata: dict[str, Any], expected
 
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
 @pytest.mark.parametrize("factor", [8.0, 32.0, 16.0])
-def test_a_table_of_frequency_divisors_becomes_the_llama3_settings(
-    tmp_path: Path, theta: float, factor: float
-) -> None:
+def test_a_table_of_frequency_divisors_becomes_the_llama3_settings(tmp_path: Path, theta: float, factor: float) -> None:
     table = llama3_divisors(theta, factor)
     assert factor in table
-    path = write_gguf(
-        tmp_path / "model.gguf", extra={"rope_freqs.weight": table}, llama__rope__freq_base=theta
-    )
+    path = write_gguf(tmp_path / "model.gguf", extra={"rope_freqs.weight": table}, llama__rope__freq_base=theta)
     checkpoint = GgufCheckpoint(path)
     rope = checkpoint.config.rope_parameters
     assert (rope.rope_type, rope.factor, rope.original_max_position_embeddings) == ("llama3", factor, 8192)

@@ -78,9 +78,7 @@ def test_what_is_incomplete_or_changes_the_mathematics_is_refused_by_name(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["blk.0.attn_q_norm.weight", "blk.0.ffn_gate_exps.weight", "blk.1.attn_q.scale"]
-)
+@pytest.mark.parametrize("name", ["blk.0.attn_q_norm.weight", "blk.0.ffn_gate_exps.weight", "blk.1.attn_q.scale"])
 def test_a_tensor_that_a_plain_llama_has_not_is_refused_by_name(tmp_path: Path, name: str) -> None:
     path = write_gguf(tmp_path / "model.gguf", extra={name: np.ones(H, np.float32)})
     with pytest.raises(CheckpointError, match=name):
@@ -193,9 +191,7 @@ def test_a_lying_header_is_refused_or_harmless_never_a_traceback(
     assert "\n" not in said
 
 
-def test_without_the_gguf_package_the_message_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_gguf_package_the_message_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "model.gguf")
     for module in [module for module in sys.modules if module.split(".")[0] == "gguf"]:
         monkeypatch.setitem(sys.modules, module, None)

@@ -26,15 +26,11 @@ def positions(rows: int, start: int, tokens: int) -> np.ndarray:
     return np.tile(np.arange(start, start + tokens), (rows, 1))
 
 
-def feed(
-    cache: KVCache, positions_BT: np.ndarray, seed: int = 0
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def feed(cache: KVCache, positions_BT: np.ndarray, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """One pass of random vectors through every layer; what each layer's `update` returned."""
     rows, tokens = positions_BT.shape
     return [
-        cache.update(
-            layer, vectors(rows, tokens, 2 * seed), vectors(rows, tokens, 2 * seed + 1), positions_BT
-        )
+        cache.update(layer, vectors(rows, tokens, 2 * seed), vectors(rows, tokens, 2 * seed + 1), positions_BT)
         for layer in range(LAYERS)
     ]
 
@@ -54,9 +50,7 @@ def test_nbytes_is_two_times_layers_rows_kv_heads_length_head_dim_and_itemsize(
         fed += tokens
         assert cache.length == (fed if window is None else min(fed, window - 1))
         assert cache.batch_size == rows
-        assert (
-            cache.nbytes == 2 * LAYERS * rows * KV_HEADS * cache.length * HEAD_DIM * np.dtype(dtype).itemsize
-        )
+        assert cache.nbytes == 2 * LAYERS * rows * KV_HEADS * cache.length * HEAD_DIM * np.dtype(dtype).itemsize
 
 
 @pytest.mark.parametrize("asked", [np.float32, np.float64])
@@ -114,9 +108,7 @@ def test_layers_may_come_in_any_order_within_a_pass() -> None:
 
 def test_no_cache_gives_back_what_came() -> None:
     k, v, where = vectors(2, 3), vectors(2, 3, 1), positions(2, 5, 3)
-    assert all(
-        one is other for one, other in zip(NO_CACHE.update(0, k, v, where), (k, v, where), strict=True)
-    )
+    assert all(one is other for one, other in zip(NO_CACHE.update(0, k, v, where), (k, v, where), strict=True))
 
 
 @given(window=st.integers(1, 9), passes=st.lists(st.integers(1, 30), min_size=1, max_size=30))
@@ -153,9 +145,7 @@ def test_crop_forgets_the_newest_and_what_comes_next_takes_its_place() -> None:
     cache.crop(3)
     assert cache.length == 3
     k_BKSH, _, positions_BS = feed(cache, positions(2, 3, 1), seed=2)[0]
-    np.testing.assert_array_equal(
-        k_BKSH, np.concatenate([vectors(2, 5, 2)[:, :, :3], vectors(2, 1, 4)], axis=2)
-    )
+    np.testing.assert_array_equal(k_BKSH, np.concatenate([vectors(2, 5, 2)[:, :, :3], vectors(2, 1, 4)], axis=2))
     np.testing.assert_array_equal(positions_BS, positions(2, 0, 4))
 
 
@@ -226,9 +216,7 @@ def test_a_layer_that_comes_twice_in_a_pass_is_refused() -> None:
 
 def test_a_layer_that_the_model_does_not_have_is_refused_and_leaves_no_pass_behind() -> None:
     cache = KVCache(CONFIG, 1)
-    assert f"layer {LAYERS}" in refused(
-        cache.update, LAYERS, vectors(1, 2), vectors(1, 2), positions(1, 0, 2)
-    )
+    assert f"layer {LAYERS}" in refused(cache.update, LAYERS, vectors(1, 2), vectors(1, 2), positions(1, 0, 2))
     assert cache.length == 0
     feed(cache, positions(1, 0, 2))
 

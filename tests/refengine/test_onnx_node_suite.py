@@ -25,11 +25,7 @@ def cases_of_the_operators() -> dict[str, Case]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other operators' cases overflow on purpose while they are made
         collected = collect_testcases(None)
-    return {
-        case.name: case
-        for case in collected
-        if any(node.op_type in ADAPTERS for node in case.model.graph.node)
-    }
+    return {case.name: case for case in collected if any(node.op_type in ADAPTERS for node in case.model.graph.node)}
 
 
 CASES = cases_of_the_operators()

@@ -53,9 +53,7 @@ def chunks(draw: st.DrawFn, columns: int) -> list[slice]:
     return [slice(*ends) for ends in pairwise([0, *sorted(inner), columns])]
 
 
-def differs_from_one_shot(
-    weights: Weights, rows: Prompts, logits_BTV: np.ndarray, positions_BT: np.ndarray
-) -> float:
+def differs_from_one_shot(weights: Weights, rows: Prompts, logits_BTV: np.ndarray, positions_BT: np.ndarray) -> float:
     return max(
         relative_error(logits_TV[positions_T >= 0], one_shot(weights, row))
         for row, logits_TV, positions_T in zip(rows, logits_BTV, positions_BT, strict=True)
@@ -137,9 +135,7 @@ def test_generation_with_a_cache_and_in_a_batch_gives_each_prompts_own_tokens(
 
 
 @given(rows=prompts, steps=st.integers(1, 10))
-def test_the_callback_gets_every_token_of_every_row_in_order(
-    model: Weights, rows: Prompts, steps: int
-) -> None:
+def test_the_callback_gets_every_token_of_every_row_in_order(model: Weights, rows: Prompts, steps: int) -> None:
     called: Prompts = [[] for _ in rows]
     assert generate(model, rows, steps, on_token=lambda row, token: called[row].append(token)) == called
 
@@ -175,9 +171,7 @@ def greedy(weights: Weights, prompt: list[int], steps: int) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_no_operator_is_given_or_gives_floats_of_another_dtype_than_the_weights(
-    dtype: type, tmp_path: Path
-) -> None:
+def test_no_operator_is_given_or_gives_floats_of_another_dtype_than_the_weights(dtype: type, tmp_path: Path) -> None:
     weights = opened(written(tmp_path, attention_bias=True, mlp_bias=True), dtype=dtype)
     seen: dict[str, set[np.dtype]] = {}
 
@@ -201,9 +195,7 @@ def test_no_operator_is_given_or_gives_floats_of_another_dtype_than_the_weights(
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("stored", [np.float64, np.float32, np.float16, bfloat16])
-def test_every_trace_point_has_the_dtype_of_the_weights_and_its_axes(
-    dtype: type, stored: type, tmp_path: Path
-) -> None:
+def test_every_trace_point_has_the_dtype_of_the_weights_and_its_axes(dtype: type, stored: type, tmp_path: Path) -> None:
     weights = opened(write_checkpoint(tmp_path, dtype=stored, attention_bias=True), dtype=dtype)
     config, kept = weights.config, new_cache(weights, 4)
     forward(weights, *left_padded([[1, 2, 3, 4, 5], [6, 7], [8], [9, 10, 11]]), kept)

@@ -70,12 +70,8 @@ FREQUENCIES: list[tuple[str, RopeParameters, list[float]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("parameters", "expected"), [pytest.param(*values, id=name) for name, *values in FREQUENCIES]
-)
-def test_inverse_frequencies_are_those_worked_out_by_hand(
-    parameters: RopeParameters, expected: list[float]
-) -> None:
+@pytest.mark.parametrize(("parameters", "expected"), [pytest.param(*values, id=name) for name, *values in FREQUENCIES])
+def test_inverse_frequencies_are_those_worked_out_by_hand(parameters: RopeParameters, expected: list[float]) -> None:
     inv_freq_P, _ = rope_inverse_frequencies(parameters, 8, 128, 1)
     assert inv_freq_P.dtype == np.float64
     np.testing.assert_allclose(inv_freq_P, expected, rtol=1e-13)
@@ -84,9 +80,7 @@ def test_inverse_frequencies_are_those_worked_out_by_hand(
 @pytest.mark.parametrize(
     ("length", "stretched"), [(1, 1.0), (100, 1.0), (150, 2.0), (200, 3.0)], ids=lambda value: str(value)
 )
-def test_dynamic_frequencies_stretch_theta_beyond_the_trained_length_alone(
-    length: int, stretched: float
-) -> None:
+def test_dynamic_frequencies_stretch_theta_beyond_the_trained_length_alone(length: int, stretched: float) -> None:
     inv_freq_P, factor = rope_inverse_frequencies(rope("dynamic", factor=2.0), 8, 100, length)
     theta = 10000 * stretched ** (8 / 6)
     np.testing.assert_allclose(inv_freq_P, [1, theta**-0.25, theta**-0.5, theta**-0.75], rtol=1e-13)
@@ -110,9 +104,7 @@ def test_dynamic_frequencies_stretch_theta_beyond_the_trained_length_alone(
 def test_the_attention_factor_of_yarn_is_given_or_follows_from_the_factor(
     settings: dict[str, float], expected: float
 ) -> None:
-    assert rope_inverse_frequencies(yarn(4096, **settings), 8, 128, 1)[1] == pytest.approx(
-        expected, rel=1e-14
-    )
+    assert rope_inverse_frequencies(yarn(4096, **settings), 8, 128, 1)[1] == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +114,7 @@ def test_only_yarn_scales_attention(parameters: RopeParameters) -> None:
     assert rope_inverse_frequencies(parameters, 8, 128, 1)[1] == 1.0
 
 
-@pytest.mark.parametrize(
-    "parameters", [values[1] for values in FREQUENCIES], ids=[values[0] for values in FREQUENCIES]
-)
+@pytest.mark.parametrize("parameters", [values[1] for values in FREQUENCIES], ids=[values[0] for values in FREQUENCIES])
 def test_only_dynamic_depends_on_the_length(parameters: RopeParameters) -> None:
     short, long = (rope_inverse_frequencies(parameters, 8, 128, length)[0] for length in (1, 1000))
     np.testing.assert_array_equal(short, long)

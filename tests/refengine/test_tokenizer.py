@@ -35,22 +35,16 @@ def directory(trained: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def both(
-    directory: Path, trained: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Any, Any]:
+def both(directory: Path, trained: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     return load_tokenizer(directory), load_tokenizer(byte_level_file(path, trained))
 
 
-texts = st.lists(
-    st.sampled_from([*SPECIALS, "12345", "they're", "  ", "\n", " \u00e9"]) | st.text(), min_size=1
-)
+texts = st.lists(st.sampled_from([*SPECIALS, "12345", "they're", "  ", "\n", " \u00e9"]) | st.text(), min_size=1)
 
 
 @given(pieces=texts)
-def test_a_gguf_tokenizer_encodes_and_decodes_as_the_original(
-    both: tuple[Any, Any], pieces: list[str]
-) -> None:
+def test_a_gguf_tokenizer_encodes_and_decodes_as_the_original(both: tuple[Any, Any], pieces: list[str]) -> None:
     original, from_gguf = both
     text = "".join(pieces) or "x"
     expected = encode_prompt(original, text, chat=False)
@@ -89,9 +83,7 @@ def test_text_is_cut_as_the_pre_tokenizer_of_the_file_says(
 def test_llama_3_takes_a_word_of_the_vocabulary_whole_although_no_merge_makes_it(tmp_path: Path) -> None:
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "zq"]
     types = [NORMAL] * len(tokens)
-    llama3 = load_tokenizer(
-        write_gguf(tmp_path / "a.gguf", tokens, types, pre="llama-bpe", add_bos_token=False)
-    )
+    llama3 = load_tokenizer(write_gguf(tmp_path / "a.gguf", tokens, types, pre="llama-bpe", add_bos_token=False))
     gpt2 = load_tokenizer(write_gguf(tmp_path / "b.gguf", tokens, types, pre="gpt-2", add_bos_token=False))
     assert llama3.tokenize("zq") == ["zq"]
     assert gpt2.tokenize("zq") == ["z", "q"]
@@ -110,9 +102,7 @@ def test_llama_3_takes_a_word_of_the_vocabulary_whole_although_no_merge_makes_it
 def test_a_bos_and_an_eos_are_added_as_the_file_says(
     tmp_path: Path, trained: dict[str, Any], pre: str, add_bos: Any, add_eos: Any, expected: list[int]
 ) -> None:
-    path = byte_level_file(
-        tmp_path / "m.gguf", trained, pre=pre, add_bos_token=add_bos, add_eos_token=add_eos
-    )
+    path = byte_level_file(tmp_path / "m.gguf", trained, pre=pre, add_bos_token=add_bos, add_eos_token=add_eos)
     tokenizer = load_tokenizer(path)
     ids = encode_prompt(tokenizer, "cat", chat=False)
     assert [token for token in ids if token in (1, 2)] == expected
@@ -165,9 +155,7 @@ def test_loading_and_encoding_says_nothing_on_either_stream(directory: Path) -> 
         "import sys; from refengine.tokenizer import encode_prompt, load_tokenizer\n"
         "encode_prompt(load_tokenizer(sys.argv[1]), 'the cat ' * 9000, chat=False)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, directory], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program, directory], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
 
 

@@ -34,9 +34,7 @@ def tokenizer(directory: Path) -> Any:
     return load_tokenizer(directory)
 
 
-@pytest.mark.parametrize(
-    "template", ["{% for %}", "{{ raise_exception('no users here') }}", "{{ messages.x.y }}"]
-)
+@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no users here') }}", "{{ messages.x.y }}"])
 def test_a_chat_template_that_does_not_render_is_refused(
     tmp_path: Path, trained: dict[str, Any], template: str
 ) -> None:
@@ -104,9 +102,7 @@ def test_a_damaged_gguf_is_refused(tmp_path: Path) -> None:
     ["", "{", "[]", '{"version": "1.0", "added_tokens": [], "model": {"type": "None such"}}'],
     ids=["empty", "half", "a-list", "unknown-model"],
 )
-def test_a_damaged_tokenizer_json_is_refused_in_one_line(
-    tmp_path: Path, directory: Path, content: str
-) -> None:
+def test_a_damaged_tokenizer_json_is_refused_in_one_line(tmp_path: Path, directory: Path, content: str) -> None:
     shutil.copy(directory / "tokenizer_config.json", tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(InputError, match="the tokenizer cannot be read") as refused:
@@ -125,9 +121,7 @@ def test_a_path_that_is_neither_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "nothing.gguf")
 
 
-def test_without_transformers_the_message_names_the_extra(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_transformers_the_message_names_the_extra(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingPackage, match="install the tokenizer extra"):
         load_tokenizer(directory)

@@ -57,10 +57,9 @@ def test_the_twin_is_no_echo_of_its_inputs(tmp_path_factory: pytest.TempPathFact
     expected = twin_logits(checkpoint.config, tensors, token_ids_BT, token_ids_BT)
     for name in tensors:
         changed = tensors | {name: tensors[name] * 1.01}
-        assert (
-            relative_error(twin_logits(checkpoint.config, changed, token_ids_BT, token_ids_BT), expected)
-            > 1e-6
-        ), name
+        assert relative_error(twin_logits(checkpoint.config, changed, token_ids_BT, token_ids_BT), expected) > 1e-6, (
+            name
+        )
 
 
 def test_twin_frequencies_of_the_plain_rope_are_powers_of_theta() -> None:

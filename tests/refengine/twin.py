@@ -50,9 +50,7 @@ def twin_logits(
         )
         hidden = [list(weights["model.embed_tokens.weight"][tokens[b][t]]) for t in real]
         for layer in range(config.num_hidden_layers):
-            hidden = _decoder_layer(
-                config, weights, layer, hidden, row_positions, frequencies, attention_factor
-            )
+            hidden = _decoder_layer(config, weights, layer, hidden, row_positions, frequencies, attention_factor)
         head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
         for t, vector in zip(real, hidden, strict=True):
             final = _rms_norm(vector, weights["model.norm.weight"], config.rms_norm_eps)
@@ -67,9 +65,7 @@ def twin_frequencies(
     """Return the head_dim/2 inverse frequencies in radians a position, and the factor on cosine and sine."""
     theta = rope.rope_theta
     if rope.rope_type == "dynamic":
-        stretch = rope.factor * max(length, max_position_embeddings) / max_position_embeddings - (
-            rope.factor - 1
-        )
+        stretch = rope.factor * max(length, max_position_embeddings) / max_position_embeddings - (rope.factor - 1)
         theta = theta * stretch ** (head_dim / (head_dim - 2))
     plain = [theta ** -(2 * p / head_dim) for p in range(head_dim // 2)]
     if rope.rope_type in ("default", "dynamic"):
@@ -97,11 +93,7 @@ def _llama3_frequency(rope: RopeParameters, frequency: float) -> float:
 def _yarn_frequencies(rope: RopeParameters, head_dim: int, plain: Vector) -> tuple[Vector, float]:
     def dimension_that_turns(times: float) -> float:
         turn = times * 2 * math.pi
-        return (
-            head_dim
-            * math.log(rope.original_max_position_embeddings / turn)
-            / (2 * math.log(rope.rope_theta))
-        )
+        return head_dim * math.log(rope.original_max_position_embeddings / turn) / (2 * math.log(rope.rope_theta))
 
     def magnitude(weight: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0

@@ -14,7 +14,11 @@ KINDS = ("key", "value")
 
 
 def inputs(
-    spelling: str = PAST, *, layers: int = LAYERS, kv_heads: int | str = K, head_dim: int | str = H,
+    spelling: str = PAST,
+    *,
+    layers: int = LAYERS,
+    kv_heads: int | str = K,
+    head_dim: int | str = H,
     dtype: str = "float32",
 ) -> list[Declared]:
     names = ("input_ids", "attention_mask", "position_ids")
@@ -25,8 +29,13 @@ def inputs(
 
 
 def outputs(
-    spelling: str = PRESENT, *, layers: int = LAYERS, kv_heads: int | str = K, head_dim: int | str = H,
-    dtype: str = "float32", vocab_size: int | str = V,
+    spelling: str = PRESENT,
+    *,
+    layers: int = LAYERS,
+    kv_heads: int | str = K,
+    head_dim: int | str = H,
+    dtype: str = "float32",
+    vocab_size: int | str = V,
 ) -> list[Declared]:
     shape = ("batch", kv_heads, "all", head_dim)
     cached = [spelling.format(n=n, kind=kind) for n in range(layers) for kind in KINDS]

@@ -17,9 +17,7 @@ N, K, H = ONE_LAYER.num_attention_heads, ONE_LAYER.num_key_value_heads, ONE_LAYE
 V = ONE_LAYER.vocab_size
 
 
-def repeating_decoder(
-    path: Path, heads: int, kv_heads: int | str = K, dtype: int = TensorProto.FLOAT
-) -> Path:
+def repeating_decoder(path: Path, heads: int, kv_heads: int | str = K, dtype: int = TensorProto.FLOAT) -> Path:
     """Looks logits up by token; the cache gets zeros of `heads` heads, whatever `kv_heads` it declares."""
     nodes = [
         helper.make_node("Gather", ["table", "input_ids"], ["logits_of_tokens"], name="/lookup"),
@@ -74,8 +72,12 @@ def grouped_query_decoder(path: Path) -> Path:
         helper.make_node("Gather", ["mask_shape", "one"], ["width"]),
         helper.make_node("Cast", ["width"], ["total_sequence_length"], to=TensorProto.INT32),
         helper.make_node(
-            "GroupQueryAttention", ["q", "k", "v", *cache, "seqlens_k", "total_sequence_length"],
-            ["y", "present.0.key", "present.0.value"], domain="com.microsoft", num_heads=N, kv_num_heads=K,
+            "GroupQueryAttention",
+            ["q", "k", "v", *cache, "seqlens_k", "total_sequence_length"],
+            ["y", "present.0.key", "present.0.value"],
+            domain="com.microsoft",
+            num_heads=N,
+            kv_num_heads=K,
         ),
         helper.make_node("MatMul", ["y", "head"], ["logits_of_tokens"]),
         helper.make_node("Equal", ["position_ids", "position_ids"], ["true"]),
@@ -88,8 +90,11 @@ def grouped_query_decoder(path: Path) -> Path:
 
 
 def _write(
-    path: Path, nodes: Sequence[onnx.NodeProto], constants: Mapping[str, np.ndarray],
-    cache_shape: Sequence[int | str], cache_dtype: int,
+    path: Path,
+    nodes: Sequence[onnx.NodeProto],
+    constants: Mapping[str, np.ndarray],
+    cache_shape: Sequence[int | str],
+    cache_dtype: int,
     tokens: Sequence[str] = ("input_ids", "attention_mask"),
 ) -> Path:
     """A decoder around `nodes` that takes `tokens` and a cache."""

@@ -29,8 +29,13 @@ from verify.export.files import weight_reader, write_model
 from verify.export.graph import Scope
 from verify.export.modules import MODULES
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 24}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 FEATURES = {
     "grouped-query": {},
@@ -98,13 +103,18 @@ def test_greedy_decoding_through_the_cache_gives_the_references_tokens(plain, pr
         split = (len(prompt), *[1] * (len(tokens) - len(prompt)))
         logits_BTV = run_in_steps(loaded, row, np.arange(len(tokens))[None], split)["logits"]
         tokens.append(int(logits_BTV[0, -1].argmax()))
-    assert tokens[len(prompt):] == generate(Weights.open(plain.checkpoint), [prompt], steps)[0]
+    assert tokens[len(prompt) :] == generate(Weights.open(plain.checkpoint), [prompt], steps)[0]
 
 
 # The prompt is of some tokens, since the noise of a single one is a poor unit.
 @given(st.integers(4, 9), st.lists(st.integers(1, 6), max_size=4), st.integers(0, 5), st.integers(0, 9))
 def test_any_chunking_and_padding_gives_the_logits_of_one_unpadded_pass(
-    plain, plain_session, prompt, chunks, padding, seed,
+    plain,
+    plain_session,
+    prompt,
+    chunks,
+    padding,
+    seed,
 ):
     length = prompt + sum(chunks)
     tokens = np.random.default_rng(seed).integers(0, 67, length)

@@ -94,16 +94,25 @@ def test_weights_and_operators_inside_branches_and_functions_are_counted(tmp_pat
 O_PROJ = {  # layout -> the weight as stored, and the nodes that multiply by it
     "matmul": (WEIGHT, [helper.make_node("MatMul", ["x", "weight"], ["y"], name="/layers.0/o_proj/MatMul")]),
     "gemm": (WEIGHT, [helper.make_node("Gemm", ["x", "weight"], ["y"], name="/layers.0/o_proj/Gemm")]),
-    "gemm, transposed": (WEIGHT.T, [
-        helper.make_node("Gemm", ["x", "weight"], ["y"], name="/o_proj/Gemm", transB=1),
-    ]),
-    "transposed before": (WEIGHT.T, [
-        helper.make_node("Transpose", ["weight"], ["turned"]),
-        helper.make_node("MatMul", ["x", "turned"], ["y"], name="/o_proj/MatMul"),
-    ]),
-    "four bits": (np.zeros((40, 2, 16), np.uint8), [
-        helper.make_node("MatMulNBits", ["x", "weight"], ["y"], name="/o_proj", domain="com.microsoft", K=60),
-    ]),
+    "gemm, transposed": (
+        WEIGHT.T,
+        [
+            helper.make_node("Gemm", ["x", "weight"], ["y"], name="/o_proj/Gemm", transB=1),
+        ],
+    ),
+    "transposed before": (
+        WEIGHT.T,
+        [
+            helper.make_node("Transpose", ["weight"], ["turned"]),
+            helper.make_node("MatMul", ["x", "turned"], ["y"], name="/o_proj/MatMul"),
+        ],
+    ),
+    "four bits": (
+        np.zeros((40, 2, 16), np.uint8),
+        [
+            helper.make_node("MatMulNBits", ["x", "weight"], ["y"], name="/o_proj", domain="com.microsoft", K=60),
+        ],
+    ),
 }
 
 
@@ -131,10 +140,13 @@ def test_a_model_that_is_no_decoder_is_inspected_and_says_why_not(tmp_path):
     assert found.why_not.startswith("x: this input is not known")
 
 
-@pytest.mark.parametrize(("runtime", "provider"), [
-    ("ort-cpu", "CPUExecutionProvider"),
-    ("ort-openvino", "OpenVINOExecutionProvider"),
-])
+@pytest.mark.parametrize(
+    ("runtime", "provider"),
+    [
+        ("ort-cpu", "CPUExecutionProvider"),
+        ("ort-openvino", "OpenVINOExecutionProvider"),
+    ],
+)
 def test_with_a_runtime_it_says_who_runs_what(export, runtime, provider):
     found = inspect(export, runtime)
     nodes = {name: said["nodes"] for name, said in found.settings.effective["providers"].items()}
@@ -167,9 +179,14 @@ def test_genai_config_names_the_decoder(export, tmp_path):
     assert find_onnx(tmp_path) == tmp_path / "text.onnx"
 
 
-@pytest.mark.parametrize(("exporter", "says"), [
-    ("optimum", "pytorch"), ("dynamo", "pytorch"), ("genai", "onnxruntime-genai"),
-])
+@pytest.mark.parametrize(
+    ("exporter", "says"),
+    [
+        ("optimum", "pytorch"),
+        ("dynamo", "pytorch"),
+        ("genai", "onnxruntime-genai"),
+    ],
+)
 def test_exports_by_real_exporters_are_recognised_as_the_embedded_model(exporter, says):
     config = open_checkpoint(FIXTURES / "tiny_llama").config
     found = inspect(FIXTURES / "exports" / exporter)

@@ -28,8 +28,7 @@ def test_the_cache_is_found_in_every_spelling_and_order_with_layer_10_after_laye
     interface = interface_of(declared_inputs, declared_outputs)
     found = [(layer.key_in, layer.value_in, layer.key_out, layer.value_out) for layer in interface.layers]
     assert found == [
-        tuple(side.format(n=n, kind=kind) for side in (past, present) for kind in ("key", "value"))
-        for n in range(12)
+        tuple(side.format(n=n, kind=kind) for side in (past, present) for kind in ("key", "value")) for n in range(12)
     ]
     sizes = (interface.kv_heads, interface.head_dim, interface.vocab_size, interface.cache_dtype)
     assert sizes == (K, H, V, "float32")
@@ -155,15 +154,21 @@ def test_an_export_of_the_checkpoint_is_accepted_with_its_sizes_declared_or_open
 OTHER_VOCABULARY = interface_of(inputs(), outputs(vocab_size=99))
 
 
-@pytest.mark.parametrize(("export", "query_heads", "difference"), [
-    (cached_interface(layers=8), None, "candidate has 8 layers, checkpoint 12"),
-    (cached_interface(kv_heads=3), None, "candidate has 3 KV heads, checkpoint 2"),
-    (cached_interface(head_dim=8), None, "candidate has 8 dimensions a head, checkpoint 10"),
-    (cached_interface(), 4, "candidate has 4 query heads, checkpoint 6"),
-    (OTHER_VOCABULARY, None, "candidate has 99 tokens in its vocabulary, checkpoint 67"),
-    (cached_interface(layers=8, kv_heads=6), None,
-     "candidate has 8 layers, checkpoint 12; candidate has 6 KV heads, checkpoint 2"),
-])
+@pytest.mark.parametrize(
+    ("export", "query_heads", "difference"),
+    [
+        (cached_interface(layers=8), None, "candidate has 8 layers, checkpoint 12"),
+        (cached_interface(kv_heads=3), None, "candidate has 3 KV heads, checkpoint 2"),
+        (cached_interface(head_dim=8), None, "candidate has 8 dimensions a head, checkpoint 10"),
+        (cached_interface(), 4, "candidate has 4 query heads, checkpoint 6"),
+        (OTHER_VOCABULARY, None, "candidate has 99 tokens in its vocabulary, checkpoint 67"),
+        (
+            cached_interface(layers=8, kv_heads=6),
+            None,
+            "candidate has 8 layers, checkpoint 12; candidate has 6 KV heads, checkpoint 2",
+        ),
+    ],
+)
 def test_an_export_of_another_model_is_refused_with_both_sides_named(
     export: Interface, query_heads: int | None, difference: str
 ):

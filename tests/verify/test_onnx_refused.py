@@ -17,8 +17,15 @@ from verify.export import export_decoder
 from verify.inspection import inspect
 
 OUTSIDE = [
-    "/etc/passwd", "../outside.data", "folder/../../outside.data", "C:\\outside.data", "C:outside.data",
-    "..\\outside.data", "\\\\host\\share", "\\outside.data", "",
+    "/etc/passwd",
+    "../outside.data",
+    "folder/../../outside.data",
+    "C:\\outside.data",
+    "C:outside.data",
+    "..\\outside.data",
+    "\\\\host\\share",
+    "\\outside.data",
+    "",
 ]
 
 
@@ -129,22 +136,32 @@ def test_external_data_that_are_cut_short_are_named(external):
         describe(external)
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("offset", "-8"), ("offset", "many"), ("length", "3"), ("length", "99999999"), ("offset", "99999999"),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("offset", "-8"),
+        ("offset", "many"),
+        ("length", "3"),
+        ("length", "99999999"),
+        ("offset", "99999999"),
+    ],
+)
 def test_external_data_that_are_described_wrongly_are_refused(external, key, value):
     rewrite(external, key, value)
     with pytest.raises(InputError, match=r"external data of|cut short"):
         describe(external)
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ('{"model": {"decoder": {"filename": "gone.onnx"}}}', r"gone\.onnx: no such file, although genai_config"),
-    ('{"model": {"decoder": {"filename": "../model.onnx"}}}', "leaves the model's directory"),
-    ('{"model": {"decoder": {"filename": 3}}}', "leaves the model's directory"),
-    ('{"model": []}', r"expected model\.decoder\.filename"),
-    ("{", r"expected model\.decoder\.filename"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"model": {"decoder": {"filename": "gone.onnx"}}}', r"gone\.onnx: no such file, although genai_config"),
+        ('{"model": {"decoder": {"filename": "../model.onnx"}}}', "leaves the model's directory"),
+        ('{"model": {"decoder": {"filename": 3}}}', "leaves the model's directory"),
+        ('{"model": []}', r"expected model\.decoder\.filename"),
+        ("{", r"expected model\.decoder\.filename"),
+    ],
+)
 def test_a_genai_config_that_names_no_usable_file_is_refused(tmp_path, config, message):
     (tmp_path / "genai_config.json").write_text(config)
     with pytest.raises(InputError, match=message):

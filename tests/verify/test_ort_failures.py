@@ -41,7 +41,7 @@ def test_a_device_that_the_provider_runs_nothing_on_gives_no_verdict(exports):
 
 @pytest.mark.parametrize("options", [{"device_type": "GPU.77"}, {"precision": "FP33"}])
 def test_a_provider_that_rejects_its_options_is_not_replaced_by_the_cpu(exports, options):
-    (key, value), = options.items()
+    ((key, value),) = options.items()
     with pytest.raises(NoVerdict, match=f"OpenVINOExecutionProvider does not accept .*{key}={value}"):
         OrtCandidate.open(exports["cached"], "ort-openvino", options, CONFIG)
 
@@ -130,25 +130,31 @@ def test_a_runtime_that_is_not_installed_is_named_with_the_extra_to_install(expo
         OrtCandidate.open(exports["cached"], runtime, {}, CONFIG)
 
 
-@pytest.mark.parametrize("message", [
-    "Non concat axis dimensions must match: Axis 1 has mismatched dimensions of 2 and 6",
-    "Shape inference input shapes {{1,6,4,10},{1,2,1,10}} Argument shapes are inconsistent",
-    "Got invalid dimensions for input: past_key_values.9.value for these indices index: 1 Got: 6 Expected: 2",
-    "Attempting to broadcast an axis by a dimension other than 1. 6 by 2",
-    "Sizes of tensors must match except in dimension 2. Expected size 6 but got size 2 for tensor number 1",
-    "All inputs to Concat must have same shape. Input 1 dim 1 has shape mismatch: 6 vs 2",
-])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Non concat axis dimensions must match: Axis 1 has mismatched dimensions of 2 and 6",
+        "Shape inference input shapes {{1,6,4,10},{1,2,1,10}} Argument shapes are inconsistent",
+        "Got invalid dimensions for input: past_key_values.9.value for these indices index: 1 Got: 6 Expected: 2",
+        "Attempting to broadcast an axis by a dimension other than 1. 6 by 2",
+        "Sizes of tensors must match except in dimension 2. Expected size 6 but got size 2 for tensor number 1",
+        "All inputs to Concat must have same shape. Input 1 dim 1 has shape mismatch: 6 vs 2",
+    ],
+)
 def test_query_heads_met_by_key_value_heads_are_recognised_in_every_wording(message):
     assert explain_failure(message, CONFIG).startswith(EXPLANATION)
 
 
-@pytest.mark.parametrize("message", [
-    "Non concat axis dimensions must match: Axis 6 has mismatched dimensions of 2 and 5",
-    "running node /model/layers.6/Concat_2 : 2 : FAIL",
-    "Got: 6 Expected: 4",
-    "shapes {1,6,4,10} and {1,6,2,10}",
-    "",
-])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Non concat axis dimensions must match: Axis 6 has mismatched dimensions of 2 and 5",
+        "running node /model/layers.6/Concat_2 : 2 : FAIL",
+        "Got: 6 Expected: 4",
+        "shapes {1,6,4,10} and {1,6,2,10}",
+        "",
+    ],
+)
 def test_other_numbers_in_a_message_are_not_taken_for_heads(message):
     assert explain_failure(message, CONFIG) == ""
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from verify.feeds import Interface
+from verify.interface import Interface
 
 
 @dataclass(frozen=True)

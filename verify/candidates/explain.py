@@ -42,10 +42,11 @@ def explain_failure(message: str, config: Config) -> str:
             sizes |= {frozenset(pair) for pair in zip(one, other, strict=True)}
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads != kv_heads and {heads, kv_heads} in sizes:
-        return (f"{heads} is num_attention_heads and {kv_heads} num_key_value_heads: "
-                f"{QUERY_HEADS_FOR_KV_HEADS}")
+        return f"{heads} is num_attention_heads and {kv_heads} num_key_value_heads: {QUERY_HEADS_FOR_KV_HEADS}"
     worked_out = config.hidden_size // heads
     if worked_out != config.head_dim and {worked_out, config.head_dim} in sizes:
-        return (f"{worked_out} is hidden_size / num_attention_heads and {config.head_dim} the checkpoint's "
-                "head_dim: the exporter worked out what it should have read; export it again with head_dim")
+        return (
+            f"{worked_out} is hidden_size / num_attention_heads and {config.head_dim} the checkpoint's "
+            "head_dim: the exporter worked out what it should have read; export it again with head_dim"
+        )
     return ""

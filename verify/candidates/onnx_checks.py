@@ -37,8 +37,9 @@ def check_names(
         texts += [entry.value for entry in node.metadata_props]
     for text in texts:
         if isinstance(text, bytes):
-            raise InputError(f"{path}: expected names in UTF-8, found {text[:40]!r}: the file is damaged; "
-                             "export or copy it again")
+            raise InputError(
+                f"{path}: expected names in UTF-8, found {text[:40]!r}: the file is damaged; export or copy it again"
+            )
 
 
 def check_types(onnx: Any, path: Path, model: "ModelProto", tensors: Sequence["TensorProto"]) -> None:
@@ -49,12 +50,15 @@ def check_types(onnx: Any, path: Path, model: "ModelProto", tensors: Sequence["T
     known = set(onnx.helper.get_all_tensor_dtypes()) - {onnx.TensorProto.UNDEFINED}
     for name, elem_type in types.items():
         if elem_type not in known:
-            raise InputError(f"{path}: {name}: expected a tensor of a known type, found type {elem_type}: "
-                             f"the file is damaged, or newer than onnx {onnx.__version__}")
+            raise InputError(
+                f"{path}: {name}: expected a tensor of a known type, found type {elem_type}: "
+                f"the file is damaged, or newer than onnx {onnx.__version__}"
+            )
     for tensor in tensors:
         if any(size < 0 for size in tensor.dims):
-            raise InputError(f"{path}: {tensor.name}: expected sizes from 0, found {tuple(tensor.dims)}: "
-                             "the file is damaged")
+            raise InputError(
+                f"{path}: {tensor.name}: expected sizes from 0, found {tuple(tensor.dims)}: the file is damaged"
+            )
 
 
 def external_files(onnx: Any, path: Path, tensors: Iterable["TensorProto"]) -> tuple[Path, ...]:
@@ -71,11 +75,15 @@ def external_files(onnx: Any, path: Path, tensors: Iterable["TensorProto"]) -> t
     for location, (size, name) in needed.items():
         file = path.parent / location
         if not file.is_file():
-            raise InputError(f"{file}: no such file, although {path.name} keeps the weights of {name} in it; "
-                             "copy it from where the export was made")
+            raise InputError(
+                f"{file}: no such file, although {path.name} keeps the weights of {name} in it; "
+                "copy it from where the export was made"
+            )
         if file.stat().st_size < size:
-            raise InputError(f"{file}: expected at least {size} bytes, which {path.name} needs for {name}, "
-                             f"found {file.stat().st_size}: the file is cut short; copy it again")
+            raise InputError(
+                f"{file}: expected at least {size} bytes, which {path.name} needs for {name}, "
+                f"found {file.stat().st_size}: the file is cut short; copy it again"
+            )
     return tuple(path.parent / location for location in sorted(needed))
 
 
@@ -84,15 +92,20 @@ def _external(onnx: Any, path: Path, tensor: "TensorProto") -> tuple[str, int]:
     entries: Mapping[str, str] = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     if leaves_directory(location):
-        raise InputError(f"{path}: the weights of {tensor.name} are said to be in {location!r}, which leaves "
-                         "the model's directory; expected a plain file name")
+        raise InputError(
+            f"{path}: the weights of {tensor.name} are said to be in {location!r}, which leaves "
+            "the model's directory; expected a plain file name"
+        )
     wanted = stored_nbytes(onnx, tensor)
     try:
         offset, length = int(entries.get("offset") or 0), int(entries.get("length") or wanted)
     except ValueError as error:
-        raise InputError(f"{path}: the external data of {tensor.name} are described wrongly ({error}); "
-                         "export it again") from error
+        raise InputError(
+            f"{path}: the external data of {tensor.name} are described wrongly ({error}); export it again"
+        ) from error
     if offset < 0 or length < wanted:
-        raise InputError(f"{path}: the external data of {tensor.name} are said to be {length} bytes from "
-                         f"{offset}; expected {wanted} bytes for {tuple(tensor.dims)}; export it again")
+        raise InputError(
+            f"{path}: the external data of {tensor.name} are said to be {length} bytes from "
+            f"{offset}; expected {wanted} bytes for {tuple(tensor.dims)}; export it again"
+        )
     return location, offset + length

@@ -94,8 +94,9 @@ def find_onnx(path: str | Path) -> Path:
         names = ", ".join(file.name for file in others)
         raise InputError(f"{path}: found {names} and no model.onnx; give the path of one of them")
     if usual is None and not others:
-        raise InputError(f"{path}: no model.onnx, no onnx/model.onnx and no {GENAI_CONFIG}; "
-                         "expected an exported ONNX model")
+        raise InputError(
+            f"{path}: no model.onnx, no onnx/model.onnx and no {GENAI_CONFIG}; expected an exported ONNX model"
+        )
     return usual or others[0]
 
 
@@ -136,8 +137,10 @@ def _import_onnx() -> Any:
     try:
         import onnx
     except ImportError as error:
-        raise RuntimeMissing(f"ONNX exports are read with onnx, which cannot be imported ({error}): "
-                             'pip install "tokenproof[onnxruntime]"') from error
+        raise RuntimeMissing(
+            f"ONNX exports are read with onnx, which cannot be imported ({error}): "
+            'pip install "tokenproof[onnxruntime]"'
+        ) from error
     return onnx
 
 
@@ -151,8 +154,10 @@ def _decoder_of_genai_config(directory: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: expected model.decoder.filename, found none ({error!r})") from error
     if not isinstance(filename, str) or leaves_directory(filename):
-        raise InputError(f"{file}: model.decoder.filename is {filename!r}, which leaves the model's "
-                         "directory; expected a plain file name")
+        raise InputError(
+            f"{file}: model.decoder.filename is {filename!r}, which leaves the model's "
+            "directory; expected a plain file name"
+        )
     if not (directory / filename).is_file():
         raise InputError(f"{directory / filename}: no such file, although {file.name} names it")
     return [filename]

@@ -76,9 +76,7 @@ def weight_totals(onnx: Any, tensors: Iterable["TensorProto"]) -> dict[str, Weig
 def declared(onnx: Any, info: "ValueInfoProto") -> Declared:
     """A graph's input or output as it is declared; one without a shape gets no axes."""
     tensor = info.type.tensor_type
-    shape = tuple(
-        axis.dim_value if axis.HasField("dim_value") else axis.dim_param or None for axis in tensor.shape.dim
-    )
+    shape = tuple(axis.dim_value if axis.HasField("dim_value") else axis.dim_param or None for axis in tensor.shape.dim)
     return Declared(info.name, stored_dtype(onnx, tensor.elem_type).name, shape)
 
 

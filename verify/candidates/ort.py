@@ -96,8 +96,9 @@ class OrtCandidate:
             NoVerdict: the export cannot take this batch, the runtime fails, or an output has another shape.
         """
         if (positions_BT < 0).any() and not self.can_pad_left:
-            raise NoVerdict(f"{self.path}: this export cannot be fed left padding; compare one prompt at a "
-                            "time (--batch-size 1)")
+            raise NoVerdict(
+                f"{self.path}: this export cannot be fed left padding; compare one prompt at a time (--batch-size 1)"
+            )
         names = ["logits", *(name_out for _, name_out in self.interface.carried)]
         failures: tuple[type[Exception], ...] = (NoVerdict, *_errors())
         try:
@@ -141,8 +142,10 @@ def open_session(
         kind = InputError if _is_invalid_file(error) else NoVerdict
         raise kind(f"{file.path}: {runtime} cannot open it: {in_words(str(error), config)}") from error
     if provider not in session.get_providers():
-        raise NoVerdict(f"{runtime}: {provider} does not accept {_option_text(requested)} on this machine "
-                        "(no such device, or a value that it does not know); change --provider-option")
+        raise NoVerdict(
+            f"{runtime}: {provider} does not accept {_option_text(requested)} on this machine "
+            "(no such device, or a value that it does not know); change --provider-option"
+        )
     return session, Settings(requested, _effective(onnxruntime, session))
 
 
@@ -162,12 +165,16 @@ def _import_onnxruntime(runtime: str) -> Any:
     except ImportError as error:
         raise RuntimeMissing(f"{runtime}: onnxruntime cannot be imported ({error}): {INSTALL}") from error
     if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < OLDEST:
-        raise RuntimeMissing(f"{runtime}: expected onnxruntime {'.'.join(map(str, OLDEST))} or newer, "
-                             f"found {onnxruntime.__version__}: {INSTALL}")
+        raise RuntimeMissing(
+            f"{runtime}: expected onnxruntime {'.'.join(map(str, OLDEST))} or newer, "
+            f"found {onnxruntime.__version__}: {INSTALL}"
+        )
     there = onnxruntime.get_available_providers()
     if provider not in there:
-        raise RuntimeMissing(f"{runtime}: the installed onnxruntime has {', '.join(there)}, no {provider}: "
-                             f"pip uninstall onnxruntime, then {INSTALL}")
+        raise RuntimeMissing(
+            f"{runtime}: the installed onnxruntime has {', '.join(there)}, no {provider}: "
+            f"pip uninstall onnxruntime, then {INSTALL}"
+        )
     if sys.platform == "win32" and provider == OPENVINO:  # there it comes without OpenVINO's libraries
         # Source: onnxruntime.tools.add_openvino_win_libs, v1.24.1
         for directory in openvino_libraries():
@@ -195,15 +202,18 @@ def _is_invalid_file(error: Exception) -> bool:
 def _check_logits(logits: np.ndarray, shape_BT: tuple[int, ...], vocab_size: int | None) -> None:
     rows, tokens = shape_BT
     if logits.shape not in ((rows, tokens, vocab_size), (rows, 1, vocab_size)):
-        raise NoVerdict(f"logits: expected shape {(rows, tokens, vocab_size)} (rows, new tokens, vocabulary)"
-                        f", found {logits.shape}")
+        raise NoVerdict(
+            f"logits: expected shape {(rows, tokens, vocab_size)} (rows, new tokens, vocabulary), found {logits.shape}"
+        )
 
 
 def _refuse_bfloat16(file: OnnxFile) -> None:
     for declared in (*file.inputs, *file.outputs):
         if declared.dtype == "bfloat16":
-            raise NoVerdict(f"{file.path}: {declared.name} is bfloat16, which ONNX Runtime does not exchange "
-                            "with NumPy; export it with float32 inputs and outputs")
+            raise NoVerdict(
+                f"{file.path}: {declared.name} is bfloat16, which ONNX Runtime does not exchange "
+                "with NumPy; export it with float32 inputs and outputs"
+            )
 
 
 def _refuse_idle_provider(runtime: str, settings: Settings) -> None:
@@ -211,9 +221,11 @@ def _refuse_idle_provider(runtime: str, settings: Settings) -> None:
     provider = PROVIDERS[runtime][0]
     nodes = {name: said["nodes"] for name, said in settings.effective["providers"].items()}
     if not nodes[provider]:
-        raise NoVerdict(f"{runtime}: {provider} runs none of the {sum(nodes.values())} nodes with "
-                        f"{_option_text(settings.requested)}, so there is nothing of it to judge; change "
-                        "--provider-option, or compare on ort-cpu")
+        raise NoVerdict(
+            f"{runtime}: {provider} runs none of the {sum(nodes.values())} nodes with "
+            f"{_option_text(settings.requested)}, so there is nothing of it to judge; change "
+            "--provider-option, or compare on ort-cpu"
+        )
 
 
 def _option_text(options: Mapping[str, str]) -> str:

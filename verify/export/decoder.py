@@ -59,8 +59,15 @@ def _past(graph: Graph, config: Config, index: int) -> Past:
     return past
 
 
-def _layer(at: Scope, x_BTD: Value, config: Config, table: RopeTable, bias_B1TS: Value, past: Past | None,
-           modules: Modules) -> Value:
+def _layer(
+    at: Scope,
+    x_BTD: Value,
+    config: Config,
+    table: RopeTable,
+    bias_B1TS: Value,
+    past: Past | None,
+    modules: Modules,
+) -> Value:
     """One decoder layer: attention, then the MLP, each added to what came in."""
     h_BTD = modules.rms_norm(at / "input_layernorm", x_BTD, config.rms_norm_eps)
     h_BTD = modules.attention(at / "self_attn", h_BTD, config, table, bias_B1TS, past, modules)

@@ -119,8 +119,15 @@ class Past:
     present_value: Value
 
 
-def attention(at: Scope, x_BTD: Value, config: Config, table: RopeTable, bias_B1TS: Value, past: Past | None,
-              modules: "Modules") -> Value:
+def attention(
+    at: Scope,
+    x_BTD: Value,
+    config: Config,
+    table: RopeTable,
+    bias_B1TS: Value,
+    past: Past | None,
+    modules: "Modules",
+) -> Value:
     """Grouped-query attention of one layer. The cache holds rotated keys, and key-value heads un-repeated."""
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q, k, v = (at / proj for proj in ("q_proj", "k_proj", "v_proj"))

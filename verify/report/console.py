@@ -29,13 +29,23 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"not revealed: {escape(hidden)}", soft_wrap=True, highlight=False)
 
 
+def print_facts(facts: Sequence[tuple[str, str]], console: Console) -> None:
+    """Prints pairs of a heading and a text, each text beside its heading."""
+    table = Table.grid(padding=(0, 2))
+    for heading, text in facts:
+        table.add_row(f"[bold]{escape(heading)}[/]", escape(text))
+    console.print(table, highlight=False)
+
+
 def _verdict(report: Report) -> str:
     if report.verdict == "equal":
         compared = sum(cell.tokens.compared for cell in report.cells if cell.tokens)
         ties = sum(cell.tokens.ties for cell in report.cells if cell.tokens)
         tied = f" ({ties} of them ties within the noise)" if ties else ""
         return f"all {compared} tokens of {len(report.cells)} runs are the checkpoint's{tied}, and the logits are honest float32"
-    where = ", ".join(f"{cell.runtime} with cache {cell.cache}" for cell in report.cells if cell.verdict == report.verdict)
+    where = ", ".join(
+        f"{cell.runtime} with cache {cell.cache}" for cell in report.cells if cell.verdict == report.verdict
+    )
     return {
         "drift": f"every token is right, but the logits are further off than float32 explains, on {where}",
         "mismatch": f"tokens differ that float32 noise cannot explain, on {where}",
@@ -63,8 +73,13 @@ def _to_do(report: Report) -> str:
 
 def _print_subject(report: Report, console: Console) -> None:
     lines = Table.grid(padding=(0, 2))
-    lines.add_row("model", f"{escape(report.model.path)} ({report.model.model_type}, sha256 {report.model.sha256[:12]})")
-    lines.add_row("candidate", f"{escape(report.candidate.path)} ({escape(report.candidate.exporter)}, sha256 {report.candidate.sha256[:12]})")
+    lines.add_row(
+        "model", f"{escape(report.model.path)} ({report.model.model_type}, sha256 {report.model.sha256[:12]})"
+    )
+    lines.add_row(
+        "candidate",
+        f"{escape(report.candidate.path)} ({escape(report.candidate.exporter)}, sha256 {report.candidate.sha256[:12]})",
+    )
     lines.add_row("prompts", f"{report.prompts}, {report.max_new_tokens} new tokens each")
     console.print(lines)
     console.print()
@@ -72,8 +87,16 @@ def _print_subject(report: Report, console: Console) -> None:
 
 def _table(cells: Sequence[Cell]) -> Table:
     table = Table(pad_edge=False)
-    for heading, right in (("runtime", False), ("cache", False), ("batch", True), ("verdict", False), ("tokens equal", True),
-                           ("noise ratio (bound)", True), ("worst (bound)", True), ("seconds", True)):
+    for heading, right in (
+        ("runtime", False),
+        ("cache", False),
+        ("batch", True),
+        ("verdict", False),
+        ("tokens equal", True),
+        ("noise ratio (bound)", True),
+        ("worst (bound)", True),
+        ("seconds", True),
+    ):
         table.add_column(heading, justify="right" if right else "left")
     for cell in cells:
         verdict = f"[{COLOURS[cell.verdict]}]{cell.verdict}[/]"
@@ -82,9 +105,14 @@ def _table(cells: Sequence[Cell]) -> Table:
             continue
         noise = cell.noise_ratio
         table.add_row(
-            cell.runtime, cell.cache, str(cell.batch_size), verdict, f"{cell.tokens.equal}/{cell.tokens.compared}",
+            cell.runtime,
+            cell.cache,
+            str(cell.batch_size),
+            verdict,
+            f"{cell.tokens.equal}/{cell.tokens.compared}",
             f"{_figure(noise.logits)} ({_figure(noise.bound)})",
-            f"{_figure(noise.worst_position.ratio)} ({_figure(noise.position_bound)})", f"{cell.seconds.candidate:.1f}",
+            f"{_figure(noise.worst_position.ratio)} ({_figure(noise.position_bound)})",
+            f"{cell.seconds.candidate:.1f}",
         )
     return table
 
@@ -96,8 +124,10 @@ def _print_details(cell: Cell, console: Console) -> None:
         lines.append(cell.reason)
     if cell.tokens and cell.tokens.first_mismatch:
         first = cell.tokens.first_mismatch
-        lines.append(f"first mismatch in row {first.row} at step {first.step}: expected token {first.expected}, found {first.actual}, "
-                     f"which the reference gives {_figure(first.margin)} less")
+        lines.append(
+            f"first mismatch in row {first.row} at step {first.step}: expected token {first.expected}, found {first.actual}, "
+            f"which the reference gives {_figure(first.margin)} less"
+        )
     if cell.noise_ratio and cell.noise_ratio.cache:
         point, ratio = max(cell.noise_ratio.cache.items(), key=lambda item: item[1])
         lines.append(f"of the cache, {point} is noisiest: {_figure(ratio)}")
