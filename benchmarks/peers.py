@@ -1,4 +1,4 @@
-"""What the benchmarks measure against, each driven as its users drive it, and the alternation that makes a ratio fair."""
+"""What the benchmarks measure against, driven as users drive it, and the alternation that makes a ratio fair."""
 
 import platform
 import statistics

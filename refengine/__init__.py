@@ -1,4 +1,4 @@
-"""A Llama-family forward pass in pure NumPy, with the key-value cache as an explicit argument: the definition to compare with."""
+"""A Llama forward pass in pure NumPy, the key-value cache an explicit argument: the definition to compare with."""
 
 from refengine.checkpoint import open_checkpoint
 from refengine.config import Config

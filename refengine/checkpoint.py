@@ -133,12 +133,14 @@ def _shards(path: Path) -> Mapping[str, Path] | list[Path]:
         return others
     if others:
         raise CheckpointError(
-            f"{path}: expected {INDEX} beside {len(others)} safetensors files, found none; copy it from the model's source"
+            f"{path}: expected {INDEX} beside {len(others)} safetensors files, found none; copy it from the "
+            "model's source"
         )
     for pattern in PICKLES:
         if pickled := sorted(path.glob(pattern)):
             raise CheckpointError(
-                f"{pickled[0]}: pickled weights are never loaded, since a pickle can run code; convert them to safetensors"
+                f"{pickled[0]}: pickled weights are never loaded, since a pickle can run code; convert them to "
+                "safetensors"
             )
     raise CheckpointError(f"{path}: no model.safetensors and no {INDEX}; expected a Hugging Face checkpoint directory")
 
@@ -148,7 +150,8 @@ def _inside(directory: Path, file: Any) -> Path:
     # Compared as written, not resolved: model caches keep their files as links to a store elsewhere.
     if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
         raise CheckpointError(
-            f"{directory / INDEX}: names the file {file!r}, which leaves the checkpoint's directory; expected a plain file name"
+            f"{directory / INDEX}: names the file {file!r}, which leaves the checkpoint's directory; "
+            "expected a plain file name"
         )
     return directory / file
 

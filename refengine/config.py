@@ -110,7 +110,8 @@ def _model_type(given: Given) -> str:
     model_type = given.get("model_type")
     if not one_of(model_type, MODEL_TYPES):
         raise ConfigError(
-            f"model_type: expected one of {', '.join(MODEL_TYPES)}, found {repr(model_type)[:80]}: this family is not supported"
+            f"model_type: expected one of {', '.join(MODEL_TYPES)}, found {repr(model_type)[:80]}: this "
+            "family is not supported"
         )
     return str(model_type)
 
@@ -126,7 +127,8 @@ def _refuse_what_changes_the_mathematics(given: Given) -> None:
     layer_types = given.get("layer_types")
     if layer_types is not None and (not isinstance(layer_types, list) or any(layer != kind for layer in layer_types)):
         raise ConfigError(
-            f"layer_types: expected {kind!r} in every layer, found {found(layer_types)}; other mixtures are not supported"
+            f"layer_types: expected {kind!r} in every layer, found {found(layer_types)}; other mixtures are "
+            "not supported"
         )
 
 

@@ -25,7 +25,8 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
     if not prompts or not all(len(prompt) for prompt in prompts):
         empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
         raise TokensError(
-            f"prompts: expected at least one token in each, found {f'none in prompt {empty[0]}' if empty else 'no prompt'}"
+            "prompts: expected at least one token in each, found "
+            f"{f'none in prompt {empty[0]}' if empty else 'no prompt'}"
         )
     longest = max(map(len, prompts))
     token_ids_BT = np.full((len(prompts), longest), PADDING_ID, np.int64)
@@ -37,7 +38,7 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
 
 
 def new_cache(weights: Weights, batch_size: int, scheme: Scheme | None = None) -> KVCache:
-    """An empty cache for these weights: in their dtype unless a scheme is given, holding no more than the model's window."""
+    """An empty cache in the weights' dtype unless a scheme is given, holding no more than the model's window."""
     return KVCache(weights.config, batch_size, scheme or Float(weights.dtype), weights.config.sliding_window)
 
 
@@ -95,8 +96,8 @@ def teacher_forced(
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Logits for tokens that are given, `chunk` columns at a time: pairs of the columns and their `logits_BTV`.
 
-    One pass over prompt and continuation gives the reference's choice at every step without decoding step by step. Memory is
-    bounded by the chunk; `cache` receives the keys and values.
+    One pass over prompt and continuation gives the reference's choice at every step without decoding step by step.
+    Memory is bounded by the chunk; `cache` receives the keys and values.
     """
     for start in range(0, token_ids_BT.shape[1], chunk):
         columns = slice(start, min(start + chunk, token_ids_BT.shape[1]))

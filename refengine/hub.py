@@ -10,7 +10,7 @@ WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja")
 
 
 def local_path(model: str | Path) -> Path:
-    """The file or directory that MODEL names: an existing path as it is, `owner/name` as its download (once, then cached).
+    """The file or directory that MODEL names: an existing path as it is, `owner/name` as its cached download.
 
     Raises:
         CheckpointError: there is no such path, and the hub has no such model or cannot be reached.

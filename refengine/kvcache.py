@@ -21,7 +21,7 @@ class Cache(Protocol):
     def update(
         self, layer: int, k_BKTH: np.ndarray, v_BKTH: np.ndarray, positions_BT: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Adds the new tokens of one layer; returns `k_BKSH`, `v_BKSH`, `positions_BS` to attend to, these T included."""
+        """Adds a layer's new tokens; returns `k_BKSH`, `v_BKSH`, `positions_BS` to attend to, these T included."""
 
 
 class _NoCache:
@@ -124,8 +124,8 @@ class KVCache:
         """Adds one layer's new tokens and returns all that layer holds, in slot order.
 
         Returns:
-            `k_BKSH` and `v_BKSH` in the dtype of the new ones, and `positions_BS`; views of the cache where possible, valid
-            until the next pass.
+            `k_BKSH` and `v_BKSH` in the dtype of the new ones, and `positions_BS`; views of the cache where possible,
+            valid until the next pass.
 
         Raises:
             CacheError: rows or heads do not fit, or a layer comes twice in one pass.
@@ -138,7 +138,8 @@ class KVCache:
         )
         if k_BKTH.shape != expected or v_BKTH.shape != expected:
             raise CacheError(
-                f"cache: expected keys and values of shape {expected} (rows, KV heads, tokens, head_dim), found {k_BKTH.shape} and {v_BKTH.shape}"
+                f"cache: expected keys and values of shape {expected} (rows, KV heads, tokens, head_dim), found "
+                f"{k_BKTH.shape} and {v_BKTH.shape}"
             )
         if not 0 <= layer < self.config.num_hidden_layers:
             raise CacheError(f"cache: expected layers 0 to {self.config.num_hidden_layers - 1}, found layer {layer}")
@@ -166,7 +167,10 @@ class KVCache:
         return k_BKSH, self.scheme.read(self._values[layer], held, np.dtype(dtype))
 
     def crop(self, length: int) -> None:
-        """Forgets the newest slots so that `length` are left. Raises CacheError when a window has dropped older ones."""
+        """Forgets the newest slots so that `length` are left.
+
+        Raises CacheError when a window has dropped older ones.
+        """
         self._check_whole()
         if not 0 <= length <= self.length or (self._has_dropped and length < self.length):
             why = "its window has dropped the tokens before" if self._has_dropped else f"it holds {self.length}"

@@ -135,7 +135,8 @@ def mlp(config: Config, layer: Layer, at: str, h_BTD: np.ndarray, ops: Ops, trac
 def _check_tokens(token_ids_BT: np.ndarray, positions_BT: np.ndarray, vocab_size: int) -> None:
     if token_ids_BT.ndim != 2 or token_ids_BT.size == 0 or token_ids_BT.dtype.kind not in "iu":
         raise TokensError(
-            f"token ids: expected whole numbers of shape (batch, tokens), found {token_ids_BT.dtype} {token_ids_BT.shape}"
+            f"token ids: expected whole numbers of shape (batch, tokens), found {token_ids_BT.dtype} "
+            f"{token_ids_BT.shape}"
         )
     if positions_BT.shape != token_ids_BT.shape or positions_BT.dtype.kind != "i" or positions_BT.min() < -1:
         raise TokensError(

@@ -1,6 +1,6 @@
 """The operators of a Llama, and the frozen namespace through which the forward pass calls them.
 
-A counterfactual ("as if it had this mistake") is another namespace: `replace(OPS, rotate=...)`. Nothing here has switches.
+A counterfactual ("as if it had this mistake") is another namespace: `replace(OPS, rotate=...)`; nothing has switches.
 """
 
 from collections.abc import Callable

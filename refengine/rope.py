@@ -62,7 +62,7 @@ def rope_table(
 
 
 def _llama3(rope: RopeParameters, inv_freq_P: np.ndarray) -> np.ndarray:
-    """Long wavelengths divided by `factor`, short ones kept, a linear blend (in turns within the old context) between."""
+    """Long wavelengths divided by `factor`, short ones kept, a blend linear in turns within the old context between."""
     factor, low, high, original = _given(
         rope.factor, rope.low_freq_factor, rope.high_freq_factor, rope.original_max_position_embeddings
     )

@@ -61,6 +61,7 @@ class Recorder:
         unknown = sorted((self.points or frozenset()) - trace_points(num_hidden_layers).keys())
         if unknown:
             raise InputError(
-                f"trace: no point {unknown[0]!r} in a model of {num_hidden_layers} layers; see refengine.trace.trace_points"
+                f"trace: no point {unknown[0]!r} in a model of {num_hidden_layers} layers; see "
+                "refengine.trace.trace_points"
             )
         return self

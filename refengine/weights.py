@@ -104,7 +104,8 @@ class _Reader:
         if not np.isfinite(tensor).all():
             bad = int(tensor.size - np.count_nonzero(np.isfinite(tensor)))
             raise CheckpointError(
-                f"{self.checkpoint.path}: {name}: expected finite weights, found {bad} NaN or infinite values as {self.dtype}"
+                f"{self.checkpoint.path}: {name}: expected finite weights, found {bad} NaN or infinite values as "
+                f"{self.dtype}"
             )
         return tensor
 
@@ -157,45 +158,40 @@ class _Reader:
         return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of `config` must hold, by its checkpoint name."""
+def expected_shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor that a checkpoint of `config` must hold: pairs of its checkpoint name and its shape."""
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     NH = config.num_attention_heads * config.head_dim
     KH = config.num_key_value_heads * config.head_dim
     attention = {"q_proj": (NH, D), "k_proj": (KH, D), "v_proj": (KH, D), "o_proj": (D, NH)}
     mlp = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (V, D), "model.norm.weight": (D,)}
+    yield EMBEDDING, (V, D)
+    yield "model.norm.weight", (D,)
     if not config.tie_word_embeddings:
-        shapes[HEAD] = (V, D)
+        yield HEAD, (V, D)
     for index in range(config.num_hidden_layers):
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{index}.{norm}.weight"] = (D,)
-        for part, modules, biased in (
-            ("self_attn", attention, config.attention_bias),
-            ("mlp", mlp, config.mlp_bias),
-        ):
+            yield f"model.layers.{index}.{norm}.weight", (D,)
+        for part, modules, biased in (("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias)):
             for module, shape in modules.items():
-                shapes[f"model.layers.{index}.{part}.{module}.weight"] = shape
+                yield f"model.layers.{index}.{part}.{module}.weight", shape
                 if biased:
-                    shapes[f"model.layers.{index}.{part}.{module}.bias"] = shape[:1]
-    return shapes
+                    yield f"model.layers.{index}.{part}.{module}.bias", shape[:1]
 
 
 def check_names_and_shapes(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError at the first tensor that is missing, misshapen, or that the configuration denies."""
-    expected = expected_shapes(checkpoint.config)
-    for name, shape in expected.items():
+    where, known = checkpoint.path, set()
+    for name, shape in expected_shapes(checkpoint.config):
         if name not in checkpoint.names:
-            raise CheckpointError(
-                f"{checkpoint.path}: no tensor {name!r}; the checkpoint is incomplete or of another model"
-            )
+            raise CheckpointError(f"{where}: no tensor {name!r}; the checkpoint is incomplete or of another model")
         if checkpoint.shape(name) != shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: {name}: expected shape {shape} from config.json, found {checkpoint.shape(name)}"
-            )
-    for name in sorted(checkpoint.names - expected.keys()):
-        # A stored rotary table and the copy of a tied head repeat what the configuration says; anything else is not read.
+            found = checkpoint.shape(name)
+            raise CheckpointError(f"{where}: {name}: expected shape {shape} from config.json, found {found}")
+        known.add(name)
+    for name in sorted(checkpoint.names - known):
+        # A stored rotary table and the copy of a tied head repeat what the configuration says.
         if name != HEAD and not name.endswith("rotary_emb.inv_freq"):
             raise CheckpointError(
-                f"{checkpoint.path}: {name}: not part of the model that config.json describes (a bias it denies, or another family)"
+                f"{where}: {name}: not part of the model in config.json (a bias that it denies, or another family)"
             )

@@ -46,7 +46,7 @@ def write_checkpoint(
     path.mkdir(parents=True, exist_ok=True)
     written = json.dumps(given | {"dtype": np.dtype(dtype).name}, indent=1)
     (path / "config.json").write_text(written, encoding="utf-8")
-    shapes = expected_shapes(Config.from_dict(given))
+    shapes = dict(expected_shapes(Config.from_dict(given)))
     tensors = {name: _random(rng, name, shape).astype(dtype) for name, shape in shapes.items()}
     save_file(tensors, path / "model.safetensors")
     return path

@@ -29,7 +29,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What to compare: prompts, how far to decode each, in which cache modes, how many rows at once (None: as many as go)."""
+    """What to compare: prompts, how far to decode, in which cache modes, rows at once (None: as many as go)."""
 
     prompts: Rows
     max_new_tokens: int
@@ -62,7 +62,7 @@ class Comparison:
         ]
 
     def cell(self, candidate: Candidate, mode: CacheMode) -> Cell:
-        """The verdict on one candidate in one cache mode; what stops the runtime is the cell's reason, not an exception."""
+        """The verdict on one candidate in one cache mode; what stops the runtime becomes the cell's reason."""
         rows = batch_size_for(candidate, self.request)
         settings = asdict(candidate.settings)
         try:
@@ -78,7 +78,8 @@ class Comparison:
             self.reference_run = self.reference.run(self.request.prompts, self.request.max_new_tokens, guess=run.tokens)
         reference, reference_seconds = self.reference_run, time.perf_counter() - began
         if run.tokens != reference.tokens:
-            # From its first difference on, the candidate saw other tokens; feed both the same, so that one early flip does
+            # From its first difference on, the candidate saw other tokens; feed both the same, so that one early
+            # flip does
             # not hide the rest. That difference itself stands, should the second run not repeat it.
             forced = self._drive(candidate, mode, rows, forced=reference.tokens)
             seconds += forced.seconds

@@ -11,14 +11,15 @@ from refengine.errors import InputError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; it takes `path`'s place when the block ends well, and is removed when it does not.
+    """A name beside `path` to write to; it takes `path`'s place when the block ends well, and is removed otherwise.
 
     Raises:
         InputError: the directory of `path` does not exist, or `path` is a directory.
     """
     if not path.parent.is_dir() or path.is_dir():
         raise InputError(
-            f"{path}: expected a file name in a directory that exists, found {'a directory' if path.is_dir() else 'none'}"
+            f"{path}: expected a file name in a directory that exists, found "
+            f"{'a directory' if path.is_dir() else 'none'}"
         )
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:

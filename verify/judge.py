@@ -13,8 +13,9 @@ from verify.report.result import FirstMismatch, NoiseRatio, Tokens, Verdict, Wor
 def judge(run: CandidateRun, reference: ReferenceRun) -> tuple[Verdict, Tokens, NoiseRatio]:
     """Compares a run in which the candidate was fed the reference's tokens (by choosing them itself, or by force).
 
-    `equal`: every token is equal, or a tie, and the noise ratio of the logits is within its bounds, over all positions and
-    at each. `drift`: the tokens are, the ratio is not. `mismatch`: a token differs that the noise cannot explain.
+    `equal`: every token is equal, or a tie, and the noise ratio of the logits is within its bounds, over all
+    positions and at each. `drift`: the tokens are, the ratio is not. `mismatch`: a token differs that the noise
+    cannot explain.
     """
     tokens = compare_tokens(run, reference)
     noise = compare_noise(run, reference)
@@ -28,8 +29,9 @@ def judge(run: CandidateRun, reference: ReferenceRun) -> tuple[Verdict, Tokens, 
 def compare_tokens(run: CandidateRun, reference: ReferenceRun) -> Tokens:
     """Counts the equal choices and the ties, and finds the first step that is neither.
 
-    The noise may move each of two logits by the largest float32 deviation at that position, or by as much more as the bound
-    on the noise ratio allows; where the reference prefers its token by less than both together, either choice is right.
+    The noise may move each of two logits by the largest float32 deviation at that position, or by as much more as the
+    bound on the noise ratio allows; where the reference prefers its token by less than both together, either choice
+    is right.
     """
     equal = ties = 0
     first: FirstMismatch | None = None

@@ -2,11 +2,11 @@
 
     noise_ratio = rms(candidate - reference64) / rms(reference32 - reference64)
 
-A ratio near 1 is what any float32 implementation has. One float32 run is one draw of that noise, so `reference32` stands
-for several: the reference in *equivalent orders*, the same mathematics rounded elsewhere, pooled. How far an honest
-implementation may lie from the pool is not chosen but measured, on the same tokens: each order in turn is held against
-the pool of the others, as a candidate is. The bound is the largest of those ratios, times two: a candidate may be less
-accurate than the least accurate honest order by one bit, and no more.
+A ratio near 1 is what any float32 implementation has. One float32 run is one draw of that noise, so `reference32`
+stands for several: the reference in *equivalent orders*, the same mathematics rounded elsewhere, pooled. How far an
+honest implementation may lie from the pool is not chosen but measured, on the same tokens: each order in turn is held
+against the pool of the others, as a candidate is. The bound is the largest of those ratios, times two: a candidate may
+be less accurate than the least accurate honest order by one bit, and no more.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ class Noise:
 
     @classmethod
     def of(cls, errors: Sequence[np.ndarray], reference64_PX: np.ndarray) -> "Noise":
-        """From the error of each equivalent order at each position, root mean squares as `rms(..., axis=-1)` gives them."""
+        """From each equivalent order's error at each position, as `rms(..., axis=-1)` gives it."""
         rounding_P = HALF_ULP * rms(reference64_PX, axis=-1) + np.finfo(np.float64).tiny
 
         def pooled(some: Sequence[np.ndarray]) -> np.ndarray:

@@ -18,11 +18,15 @@ BUILT_IN = (
     "If the expression is true, the first value is returned; otherwise",
     "In 1969, three people left for the Moon. Two of them walked on it, the third stayed in orbit. Their names were",
     "def add(a, b):\n    return a + b\n\ndef subtract(a, b):\n",
-    "A class definition is an executable statement. The inheritance list usually gives a list of base classes, so each item in "
+    "A class definition is an executable statement. The inheritance list usually gives a list of "
+    "base classes, so each item in "
     "the list should evaluate to a class object. Classes without an inheritance list inherit, by default, from",
-    "Question: A train leaves at nine in the morning and travels eighty kilometres in every hour. Another one leaves an hour "
-    "later from the same station, on the same line, and travels one hundred kilometres in every hour. When does the second "
-    "train catch up with the first, and how far from the station are they then? Answer: Let us think about it step by step.",
+    "Question: A train leaves at nine in the morning and travels eighty kilometres in every hour. "
+    "Another one leaves an hour "
+    "later from the same station, on the same line, and travels one hundred kilometres in every "
+    "hour. When does the second "
+    "train catch up with the first, and how far from the station are they then? Answer: Let us "
+    "think about it step by step.",
 )
 
 

@@ -1,4 +1,4 @@
-"""The reference side of a comparison: the right tokens, their logits and caches in float64, and the noise of float32."""
+"""The reference's side: the right tokens, their logits and caches in float64, and the noise of float32."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -57,8 +57,8 @@ class ReferenceRun:
 class Reference:
     """A checkpoint, run to judge others.
 
-    Weights are read when first needed, in float64 for the truth and in float32 for its noise, one after the other, so that
-    never both are in memory.
+    Weights are read when first needed, in float64 for the truth and in float32 for its noise, one after the other, so
+    that never both are in memory.
     """
 
     def __init__(self, checkpoint: Checkpoint, on_progress: Callable[[str], None] = lambda what: None):
@@ -70,8 +70,8 @@ class Reference:
 
         Args:
             guess: tokens that are probably right, such as a candidate's. One teacher-forced pass over them gives the
-                reference's choice at every step; where each is the guess, then by induction the guess is its greedy run, and
-                nothing had to be decoded step by step.
+                reference's choice at every step; where each is the guess, then by induction the guess is its greedy
+                run, and nothing had to be decoded step by step.
         """
         self.on_progress("reading the checkpoint in float64")
         weights = Weights.open(self.checkpoint, np.float64)
@@ -187,13 +187,15 @@ def load_reference(path: Path, model_sha256: str, prompts: Rows, max_new_tokens:
         raise InputError(f"{path}: not a saved reference run ({error}); make one with --save-reference") from error
     if header["model_sha256"] != model_sha256:
         raise InputError(
-            f"{path}: made from another model (sha256 {header['model_sha256'][:12]}, this one {model_sha256[:12]}); make it again with --save-reference"
+            f"{path}: made from another model (sha256 {header['model_sha256'][:12]}, this one "
+            f"{model_sha256[:12]}); make it again with --save-reference"
         )
     if run.prompts != _lists(prompts):
         raise InputError(f"{path}: made from other prompts; use the same ones, or make it again with --save-reference")
     if any(len(new) != max_new_tokens for new in run.tokens):
         raise InputError(
-            f"{path}: made with --max-new-tokens {len(run.tokens[0])}, asked for {max_new_tokens}; make it again with --save-reference"
+            f"{path}: made with --max-new-tokens {len(run.tokens[0])}, asked for {max_new_tokens}; make it "
+            "again with --save-reference"
         )
     return run
 

@@ -28,7 +28,10 @@ class Past:
 
 @dataclass(frozen=True)
 class Step:
-    """What one run of a candidate gave: its own copies, in the dtype that it computes. `past` is None without a cache."""
+    """What one run of a candidate gave: its own copies, in the dtype that it computes.
+
+    `past` is None without a cache.
+    """
 
     logits_BTV: np.ndarray
     past: Past | None
@@ -47,4 +50,7 @@ class Candidate(Protocol):
         """Whether a batch of ragged rows can be fed with padding in front."""
 
     def run(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray, past: Past | None = None) -> Step:
-        """Feeds new tokens (position -1 is left padding), after `past` if there is one. Raises NoVerdict when the runtime fails."""
+        """Feeds new tokens (position -1 is left padding), after `past` if there is one.
+
+        Raises NoVerdict when the runtime fails.
+        """

@@ -21,7 +21,7 @@ def decoder_graph(config: Config, *, cache: bool, modules: Modules = MODULES) ->
     Source: optimum-onnx 0.1.0 (text-generation and text-generation-with-past) for the inputs and outputs.
     """
     _refuse_dynamic(config)
-    graph = Graph(expected_shapes(config), metadata={"model_type": config.model_type})
+    graph = Graph(dict(expected_shapes(config)), metadata={"model_type": config.model_type})
     model = graph.at("model")
     input_ids_BT = graph.input("input_ids", TensorProto.INT64, [BATCH, NEW])
     attention_mask_BS = graph.input("attention_mask", TensorProto.INT64, [BATCH, ALL if cache else NEW])
@@ -80,8 +80,6 @@ def _layer(
 def _lm_head(graph: Graph, x_BTD: Value, config: Config) -> None:
     """Logits. A tied head reads the embedding's own weight, which is stored once."""
     at = graph.at("lm_head")
-    if config.tie_word_embeddings:
-        weight_DV = at("Transpose", EMBEDDING, perm=[1, 0])
-    else:
-        weight_DV = at.weight(transposed=True)
+    tied = config.tie_word_embeddings
+    weight_DV = at("Transpose", EMBEDDING, perm=[1, 0]) if tied else at.weight(transposed=True)
     at("MatMul", x_BTD, weight_DV, output="logits")

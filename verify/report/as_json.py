@@ -9,7 +9,7 @@ from verify.report.result import Report
 
 
 def as_json(report: Report) -> str:
-    """The report as a JSON object with a line break at its end; numbers that are not finite are the strings "nan", "inf", "-inf"."""
+    """The report as a JSON object on lines; numbers that are not finite are the strings "nan", "inf", "-inf"."""
     fields = asdict(report)
     ordered = {
         "schema": fields.pop("schema"),

@@ -42,7 +42,8 @@ def _verdict(report: Report) -> str:
         compared = sum(cell.tokens.compared for cell in report.cells if cell.tokens)
         ties = sum(cell.tokens.ties for cell in report.cells if cell.tokens)
         tied = f" ({ties} of them ties within the noise)" if ties else ""
-        return f"all {compared} tokens of {len(report.cells)} runs are the checkpoint's{tied}, and the logits are honest float32"
+        whose = f"all {compared} tokens of {len(report.cells)} runs are the checkpoint's{tied}"
+        return f"{whose}, and the logits are honest float32"
     where = ", ".join(
         f"{cell.runtime} with cache {cell.cache}" for cell in report.cells if cell.verdict == report.verdict
     )
@@ -125,7 +126,8 @@ def _print_details(cell: Cell, console: Console) -> None:
     if cell.tokens and cell.tokens.first_mismatch:
         first = cell.tokens.first_mismatch
         lines.append(
-            f"first mismatch in row {first.row} at step {first.step}: expected token {first.expected}, found {first.actual}, "
+            f"first mismatch in row {first.row} at step {first.step}: expected token {first.expected}, found "
+            f"{first.actual}, "
             f"which the reference gives {_figure(first.margin)} less"
         )
     if cell.noise_ratio and cell.noise_ratio.cache:

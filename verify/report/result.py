@@ -24,7 +24,7 @@ class FirstMismatch:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Greedy choices compared: `ties` are those that differ within the noise floor, judged on the reference's margin."""
+    """Greedy choices compared: `ties` differ within the noise floor, judged on the reference's margin."""
 
     compared: int
     equal: int
