@@ -193,5 +193,6 @@ def check_names_and_shapes(checkpoint: Checkpoint) -> None:
         # A stored rotary table and the copy of a tied head repeat what the configuration says.
         if name != HEAD and not name.endswith("rotary_emb.inv_freq"):
             raise CheckpointError(
-                f"{where}: {name}: not part of the model in config.json (a bias that it denies, or another family)"
+                f"{where}: {name}: not part of the model that config.json describes "
+                "(a bias it denies, or another family)"
             )

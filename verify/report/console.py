@@ -21,6 +21,7 @@ def print_report(report: Report, console: Console) -> None:
     console.print()
     _print_subject(report, console)
     console.print(_table(report.cells))
+    console.print()
     for cell in report.cells:
         _print_details(cell, console)
     for note in report.notes:
@@ -81,41 +82,35 @@ def _print_subject(report: Report, console: Console) -> None:
         "candidate",
         f"{escape(report.candidate.path)} ({escape(report.candidate.exporter)}, sha256 {report.candidate.sha256[:12]})",
     )
-    lines.add_row("prompts", f"{report.prompts}, {report.max_new_tokens} new tokens each")
+    rows = " or ".join(str(size) for size in sorted({cell.batch_size for cell in report.cells}))
+    lines.add_row("prompts", f"{report.prompts}, {report.max_new_tokens} new tokens each, {rows} at a time")
+    seconds = sum(cell.seconds.reference for cell in report.cells if cell.seconds)
+    lines.add_row("reference", f"{seconds:.1f} seconds in all; those of the candidate are below")
     console.print(lines)
     console.print()
 
 
 def _table(cells: Sequence[Cell]) -> Table:
-    table = Table(pad_edge=False)
-    for heading, right in (
-        ("runtime", False),
-        ("cache", False),
-        ("batch", True),
-        ("verdict", False),
-        ("tokens equal", True),
-        ("noise ratio (bound)", True),
-        ("worst (bound)", True),
-        ("seconds", True),
-    ):
-        table.add_column(heading, justify="right" if right else "left")
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    for heading in ("runtime", "cache", "verdict"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("tokens", "noise (bound)", "worst (bound)", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
-        verdict = f"[{COLOURS[cell.verdict]}]{cell.verdict}[/]"
-        if cell.tokens is None or cell.noise_ratio is None or cell.seconds is None:
-            table.add_row(cell.runtime, cell.cache, str(cell.batch_size), verdict, "", "", "", "")
-            continue
-        noise = cell.noise_ratio
-        table.add_row(
-            cell.runtime,
-            cell.cache,
-            str(cell.batch_size),
-            verdict,
-            f"{cell.tokens.equal}/{cell.tokens.compared}",
-            f"{_figure(noise.logits)} ({_figure(noise.bound)})",
-            f"{_figure(noise.worst_position.ratio)} ({_figure(noise.position_bound)})",
-            f"{cell.seconds.candidate:.1f}",
-        )
+        table.add_row(cell.runtime, cell.cache, f"[{COLOURS[cell.verdict]}]{cell.verdict}[/]", *_figures(cell))
     return table
+
+
+def _figures(cell: Cell) -> tuple[str, ...]:
+    if cell.tokens is None or cell.noise_ratio is None or cell.seconds is None:
+        return ()
+    noise = cell.noise_ratio
+    return (
+        f"{cell.tokens.equal}/{cell.tokens.compared}",
+        f"{_figure(noise.logits)} ({_figure(noise.bound)})",
+        f"{_figure(noise.worst_position.ratio)} ({_figure(noise.position_bound)})",
+        f"{cell.seconds.candidate:.1f}",
+    )
 
 
 def _print_details(cell: Cell, console: Console) -> None:
