@@ -1,9 +1,12 @@
 """What the benchmarks measure against, driven as users drive it, and the alternation that makes a ratio fair."""
 
+import multiprocessing
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +73,10 @@ class OrtExport:
         return results["logits"][:, -1]
 
 
-def decode_seconds(engine: RefEngine | OrtExport, prompt_BT: np.ndarray, tokens: int) -> float:
+Engine = RefEngine | OrtExport
+
+
+def decode_seconds(engine: Engine, prompt_BT: np.ndarray, tokens: int) -> float:
     """Seconds a token of greedy decoding after a prefill that is not counted."""
     logits_BV = engine.prefill(prompt_BT)
     began = time.perf_counter()
@@ -79,7 +85,7 @@ def decode_seconds(engine: RefEngine | OrtExport, prompt_BT: np.ndarray, tokens:
     return (time.perf_counter() - began) / tokens
 
 
-def prefill_seconds(engine: RefEngine | OrtExport, prompt_BT: np.ndarray) -> float:
+def prefill_seconds(engine: Engine, prompt_BT: np.ndarray) -> float:
     """Seconds from the prompt to the logits of its last token."""
     began = time.perf_counter()
     engine.prefill(prompt_BT)
@@ -97,14 +103,33 @@ def alternate(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
+class InItsOwnProcess:
+    """An engine in a process of its own, so that its threads and memory are not the others' when it is not its turn."""
+
+    def __init__(self, make: Callable[..., Engine], *arguments: object):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, make, arguments), daemon=True).start()
+
+    def __call__(self, measure: Callable[..., float], *arguments: object) -> float:
+        """What `measure(engine, *arguments)` returns over there."""
+        self.connection.send((measure, arguments))
+        return self.connection.recv()
+
+
+def _serve(connection: Connection, make: Callable[..., Engine], arguments: tuple) -> None:
+    engine = make(*arguments)
+    while True:
+        measure, given = connection.recv()
+        connection.send(measure(engine, *given))
+
+
 def machine() -> str:
     """One line that says where figures come from."""
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return f"{cpu}, Python {platform.python_version()}, NumPy {np.__version__}, ONNX Runtime {onnxruntime.__version__}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cores = f"{len(names)} cores of {names[0]}" if names else platform.processor()
+    kernels = os.environ.get("OPENBLAS_CORETYPE", "chosen by itself")
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, ONNX Runtime {onnxruntime.__version__}"
+    return f"{cores}, {versions}, OpenBLAS kernels {kernels}"

@@ -147,7 +147,7 @@ class KVCache:
             self._begin(positions_BT)
         elif layer not in self._awaited:
             raise CacheError(f"cache: layer {layer} came twice before layers {sorted(self._awaited)} came once")
-        elif not np.array_equal(positions_BT, self._newest_BT):
+        elif positions_BT is not self._newest_BT and not np.array_equal(positions_BT, self._newest_BT):
             raise CacheError(f"cache: layer {layer} brings other positions than the layers before it in this pass")
         new, held = slice(self._end - positions_BT.shape[1], self._end), slice(self._start, self._end)
         positions_BS = self.positions_BS

@@ -79,8 +79,10 @@ def hide(scores_BKRS: np.ndarray, allowed_BTS: np.ndarray) -> None:
     if allowed_BTS.all():
         return
     B, K, _, S = scores_BKRS.shape
-    scores_BKGTS = scores_BKRS.reshape(B, K, -1, allowed_BTS.shape[1], S)
-    np.copyto(scores_BKGTS, -np.inf, where=~allowed_BTS[:, None, None])
+    # Most slots of a long past are seen by every query: only those that are not need the slow masked copy.
+    hidden = _span(~np.logical_and.reduce(allowed_BTS, axis=(0, 1)))
+    scores_BKGTS = scores_BKRS.reshape(B, K, -1, allowed_BTS.shape[1], S)[..., hidden]
+    np.copyto(scores_BKGTS, -np.inf, where=~allowed_BTS[:, None, None, :, hidden])
 
 
 def softmax_weighted_sum(scores_BKRS: np.ndarray, v_BKSH: np.ndarray) -> np.ndarray:
@@ -112,9 +114,10 @@ def attend(
     for start in range(0, T, QUERY_BLOCK):
         block = slice(start, min(start + QUERY_BLOCK, T))
         allowed_BTS = attention_mask(positions_BT[:, block], positions_BS, window)
-        seen = _span(np.logical_or.reduce(allowed_BTS, axis=(0, 1)))
+        seen = slice(None) if allowed_BTS.all() else _span(np.logical_or.reduce(allowed_BTS, axis=(0, 1)))
         scores_BKRS = scores(q_BTNH[:, block], k_BKSH[:, :, seen])
-        hide(scores_BKRS, allowed_BTS[:, :, seen])
+        if seen != slice(None):
+            hide(scores_BKRS, allowed_BTS[:, :, seen])
         y_BKRH = softmax_weighted_sum(scores_BKRS, v_BKSH[:, :, seen])
         y_BKGTH = y_BKRH.reshape(B, K, N // K, block.stop - block.start, H)
         y_BTNH[:, block] = y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, -1, N, H)
