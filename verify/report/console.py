@@ -70,7 +70,14 @@ def _to_do(report: Report) -> str:
     runs = {(cell.cache, cell.verdict == "equal") for cell in report.cells}
     if ("off", True) in runs and ("on", False) in runs:
         return "look at the cache first: without it the export is equal"
-    return "compare with --runtime ort-cpu too: if it is equal there, the provider is at fault, otherwise the export"
+    on_cpu = [cell.verdict == "equal" for cell in report.cells if cell.runtime == "ort-cpu"]
+    if not on_cpu:
+        return (
+            "compare with --runtime ort-cpu too: if it is equal there, the provider is at fault, otherwise the export"
+        )
+    return (
+        "look at the provider and its options" if all(on_cpu) else "look at the export: it differs on the plain CPU too"
+    )
 
 
 def _print_subject(report: Report, console: Console) -> None:
