@@ -84,7 +84,8 @@ def _run_batch(
         result = candidate.run(token_ids_BT[:, new], positions_BT[:, new], past if use_cache else None)
         seconds += time.perf_counter() - began
         past = result.past
-        columns.append(result.logits_BTV if step == 0 or use_cache else result.logits_BTV[:, -1:])
+        # A copy of the last column, since a view would keep the logits of the whole sequence alive at every step.
+        columns.append(result.logits_BTV if step == 0 or use_cache else result.logits_BTV[:, -1:].copy())
         chosen.append(result.logits_BTV[:, -1].argmax(axis=-1))
         next_B = chosen[-1] if forced is None else np.array([row[step] for row in forced])
         if step + 1 < max_new_tokens:
