@@ -1,12 +1,12 @@
 """Compares an export with its checkpoint: every runtime asked for, with the cache and without it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, Protocol
 
 from refengine.config import Config
-from verify.candidates import Candidate
+from verify.candidates import Candidate, Settings
 from verify.drive import CandidateRun, run_candidate
 from verify.errors import NoVerdict
 from verify.judge import judge
@@ -56,10 +56,21 @@ class Comparison:
         self.reference_run = reference_run
 
     def cells(self, candidate: Candidate) -> list[Cell]:
-        """One cell for each cache mode that the export can be run in."""
-        return [
-            self.cell(candidate, mode) for mode in self.request.modes if mode == "off" or candidate.interface.has_cache
-        ]
+        """One cell for each cache mode asked for that the export can be run in, or one that says why there is none."""
+        modes = [mode for mode in self.request.modes if mode == "off" or candidate.interface.has_cache]
+        if not modes:
+            return self.unopened(
+                candidate.runtime,
+                candidate.settings.requested,
+                f"{candidate.path}: the export has no past_key_values input; compare it with --cache off",
+            )
+        return [self.cell(candidate, mode) for mode in modes]
+
+    def unopened(self, runtime: str, requested: Mapping[str, str], reason: str) -> list[Cell]:
+        """The cells of a runtime that could not be run at all."""
+        settings = asdict(Settings(requested))
+        rows = self.request.batch_size or len(self.request.prompts)
+        return [Cell(runtime, mode, settings, "no-verdict", rows, reason=reason) for mode in self.request.modes]
 
     def cell(self, candidate: Candidate, mode: CacheMode) -> Cell:
         """The verdict on one candidate in one cache mode; what stops the runtime becomes the cell's reason."""
@@ -129,11 +140,21 @@ def notes_on(candidate: Candidate, request: Request) -> list[str]:
         notes.append(
             f"{candidate.runtime}: the export has no past_key_values input, so it was compared without a cache only"
         )
-    if batch_size_for(candidate, request) == 1 and (request.batch_size or len(request.prompts)) > 1:
+    asked = request.batch_size or len(request.prompts)
+    if candidate.interface.batch_size not in (None, asked):
+        notes.append(f"{candidate.runtime}: the export takes {candidate.interface.batch_size} rows and no other number")
+    elif batch_size_for(candidate, request) < asked:
         notes.append(
             f"{candidate.runtime}: the export cannot be told of left padding, so its prompts were run one by one"
         )
     return notes
+
+
+def is_padded(request: Request, batch_size: int) -> bool:
+    """Whether any batch of so many rows holds prompts of different lengths."""
+    lengths = [len(prompt) for prompt in request.prompts]
+    starts = range(0, len(lengths), batch_size)
+    return any(len(set(lengths[start : start + batch_size])) > 1 for start in starts)
 
 
 def not_revealed(config: Config, request: Request, padded: bool) -> list[str]:

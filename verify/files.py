@@ -9,18 +9,22 @@ from pathlib import Path
 from refengine.errors import InputError
 
 
+def check_place(path: Path) -> None:
+    """Raises InputError when no file can be put at `path`: its directory does not exist, or it is a directory."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: no such directory {path.parent} to write to; create it first")
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; expected the name of a file to write")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; it takes `path`'s place when the block ends well, and is removed otherwise.
 
     Raises:
-        InputError: the directory of `path` does not exist, or `path` is a directory.
+        InputError: no file can be put there.
     """
-    if not path.parent.is_dir() or path.is_dir():
-        raise InputError(
-            f"{path}: expected a file name in a directory that exists, found "
-            f"{'a directory' if path.is_dir() else 'none'}"
-        )
+    check_place(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield unfinished

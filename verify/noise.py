@@ -11,6 +11,7 @@ be less accurate than the least accurate honest order by one bit, and no more.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from refengine.rope import rope_inverse_frequencies
 from refengine.weights import Linear
 
 ONE_BIT = 2.0
+ENOUGH_DRAWS = 64  # from 16 positions on, the four orders alone
 HALF_ULP = 2.0**-25  # a float32 result cannot be nearer than its own rounding: about this much of its size
 
 
@@ -71,6 +73,13 @@ def linear_in_blocks(x_BTI: np.ndarray, proj: Linear) -> np.ndarray:
     y_BTO = np.zeros((*x_BTI.shape[:-1], len(proj.weight_OI)), x_BTI.dtype)
     for start in reversed(range(0, x_BTI.shape[-1], 256)):
         y_BTO += x_BTI[..., start : start + 256] @ proj.weight_OI[:, start : start + 256].T
+    return y_BTO if proj.bias_O is None else y_BTO + proj.bias_O
+
+
+def linear_shuffled(seed: int, x_BTI: np.ndarray, proj: Linear) -> np.ndarray:
+    """`x @ weight.T + bias`, the inputs summed in an order drawn from `seed`."""
+    order_I = np.random.default_rng(seed).permutation(x_BTI.shape[-1])
+    y_BTO = x_BTI[..., order_I] @ proj.weight_OI[:, order_I].T
     return y_BTO if proj.bias_O is None else y_BTO + proj.bias_O
 
 
@@ -138,3 +147,16 @@ EQUIVALENT_ORDERS: Mapping[str, Ops] = {
         attend=attend_with_probabilities,
     ),
 }
+
+
+def orders_for(positions: int) -> dict[str, Ops]:
+    """The equivalent orders for so many positions: at least four, and more where there are few positions.
+
+    The errors of one position's logits move together, so a position in one order is one draw of the noise, and the
+    spread of a handful of draws says little. Sums in shuffled orders make up for it.
+    """
+    orders = dict(EQUIVALENT_ORDERS)
+    written = EQUIVALENT_ORDERS["as exporters write it"]
+    for seed in range(len(orders), -(-ENOUGH_DRAWS // positions)):
+        orders[f"sums shuffled, seed {seed}"] = replace(written, linear=partial(linear_shuffled, seed))
+    return orders

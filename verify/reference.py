@@ -16,9 +16,10 @@ from refengine.kvcache import Float, KVCache
 from refengine.ops import OPS, Ops
 from refengine.weights import Weights
 from verify.files import replacing
-from verify.noise import EQUIVALENT_ORDERS, Noise, rms
+from verify.noise import Noise, orders_for, rms
 
 TOKENS_A_PASS = 512  # bounds the logits held at a time
+FORMAT = 1  # of a saved run
 Rows = Sequence[Sequence[int]]
 
 
@@ -92,7 +93,7 @@ class Reference:
         weights = Weights.open(self.checkpoint, np.float32)
         flips_P = np.zeros(len(logits64_PV))
         errors: dict[str, list[np.ndarray]] = {"lm_head": [], **{name: [] for name in caches64}}
-        for order, ops in EQUIVALENT_ORDERS.items():
+        for order, ops in orders_for(len(logits64_PV)).items():
             self.on_progress(f"the reference in float32 ({order})")
             logits_PV, caches = _pass(weights, prompts, tokens, ops)
             difference_PV = logits_PV - logits64_PV
@@ -146,7 +147,7 @@ def save_reference(path: Path, run: ReferenceRun, model_sha256: str) -> None:
         "header": np.array(
             json.dumps(
                 {
-                    "format": 1,
+                    "format": FORMAT,
                     "model_sha256": model_sha256,
                     "prompts": _lists(run.prompts),
                     "tokens": _lists(run.tokens),
@@ -173,30 +174,44 @@ def load_reference(path: Path, model_sha256: str, prompts: Rows, max_new_tokens:
         with np.load(path, allow_pickle=False) as file:
             header = json.loads(str(file["header"]))
             arrays = {name: file[name] for name in file.files if name != "header"}
-            flips_P = arrays.pop("flips_P")
-            names = sorted({name.rsplit("/", 1)[0] for name in arrays})
-            measured = {
-                name: Measured(
-                    arrays[f"{name}/value64"],
-                    Noise(arrays[f"{name}/rms"], *map(float, arrays[f"{name}/bounds"])),
-                )
-                for name in names
-            }
-            run = ReferenceRun(header["prompts"], header["tokens"], measured.pop("lm_head"), flips_P, measured)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        raise InputError(f"{path}: not a saved reference run ({error}); make one with --save-reference") from error
-    if header["model_sha256"] != model_sha256:
+        run = _run_of(header, arrays)
+        made_from = str(header["model_sha256"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, BadZipFile) as error:
+        raise InputError(f"{path}: not a whole reference run ({error}); make one with --save-reference") from error
+    again = "make it again with --save-reference"
+    if made_from != model_sha256:
         raise InputError(
-            f"{path}: made from another model (sha256 {header['model_sha256'][:12]}, this one "
-            f"{model_sha256[:12]}); make it again with --save-reference"
+            f"{path}: made from a model of sha256 {made_from[:12]}, this one has {model_sha256[:12]}; {again}"
         )
     if run.prompts != _lists(prompts):
-        raise InputError(f"{path}: made from other prompts; use the same ones, or make it again with --save-reference")
+        raise InputError(f"{path}: made from other prompts; use the same ones, or {again}")
     if any(len(new) != max_new_tokens for new in run.tokens):
         raise InputError(
-            f"{path}: made with --max-new-tokens {len(run.tokens[0])}, asked for {max_new_tokens}; make it "
-            "again with --save-reference"
+            f"{path}: made with --max-new-tokens {len(run.tokens[0])}, asked for {max_new_tokens}; {again}"
         )
+    return run
+
+
+def _run_of(header: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> ReferenceRun:
+    """The run in a file's contents. Raises ValueError, KeyError or TypeError when they are not what `save` writes."""
+    if header["format"] != FORMAT:
+        raise ValueError(f"expected format {FORMAT}, found {header['format']!r}")
+    prompts, tokens = _lists(header["prompts"]), _lists(header["tokens"])
+    flips_P = arrays.pop("flips_P")
+    points = sorted({name.rsplit("/", 1)[0] for name in arrays})
+    measured = {
+        point: Measured(
+            arrays[f"{point}/value64"], Noise(arrays[f"{point}/rms"], *map(float, arrays[f"{point}/bounds"]))
+        )
+        for point in points
+    }
+    run = ReferenceRun(prompts, tokens, measured.pop("lm_head"), flips_P, measured)
+    positions = sum(run.lengths)
+    for point in (run.logits, *run.caches.values()):
+        if point.value64_PX.ndim != 2 or len(point.value64_PX) != positions or point.noise.rms_P.shape != (positions,):
+            raise ValueError(f"expected {positions} positions, found arrays of {point.value64_PX.shape}")
+    if flips_P.shape != (positions,):
+        raise ValueError(f"expected {positions} positions, found {flips_P.shape}")
     return run
 
 

@@ -23,10 +23,11 @@ from refengine.checkpoint import Checkpoint, open_checkpoint
 from refengine.errors import InputError
 from refengine.tokenizer import encode_prompt, load_tokenizer
 from verify.candidates.onnx_file import describe
-from verify.compare import CacheMode, Comparison, Request, batch_size_for, not_revealed, notes_on
+from verify.compare import CacheMode, Comparison, Request, batch_size_for, is_padded, not_revealed, notes_on
 from verify.embedded import embedded_model
-from verify.files import replacing, sha256_of
-from verify.prompts import BUILT_IN, check_prompts, read_prompts
+from verify.errors import NoVerdict
+from verify.files import check_place, replacing, sha256_of
+from verify.prompts import BUILT_IN, check_prompts, encode_checked, read_prompts
 from verify.reference import Reference, load_reference, save_reference
 from verify.report.as_json import as_json
 from verify.report.console import print_report
@@ -40,6 +41,10 @@ def run_compare(options: argparse.Namespace) -> int:
     """Compares, prints the report, writes what was asked for, and returns the exit code."""
     if options.model is not None and options.candidate is None:
         raise InputError("compare: expected MODEL and CANDIDATE, or neither; found MODEL alone")
+    json_file = Path(options.json) if options.json not in (None, "-") else None
+    for place in (json_file, options.save_reference):
+        if place is not None:
+            check_place(place)  # now, not after minutes of work
     with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
         checkpoint = open_checkpoint(options.model or embedded_model())
         candidate = options.candidate or _embedded_export(checkpoint, Path(temporary))
@@ -49,8 +54,8 @@ def run_compare(options: argparse.Namespace) -> int:
         print_report(report, Console(stderr=True))
     else:
         print_report(report, Console())
-    if options.json not in (None, "-"):
-        with replacing(Path(options.json)) as unfinished:
+    if json_file is not None:
+        with replacing(json_file) as unfinished:
             unfinished.write_text(as_json(report), encoding="utf-8")
     return report.exit_code
 
@@ -71,10 +76,14 @@ def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> 
         comparison = Comparison(reference, request, progress, saved)
         for runtime in options.runtime or ["ort-openvino"]:
             progress.begin(f"opening {path.name} on {runtime}", None)
-            candidate = RUNTIMES[runtime](file.path, runtime, settings, checkpoint.config)
+            try:
+                candidate = RUNTIMES[runtime](file.path, runtime, settings, checkpoint.config)
+            except NoVerdict as error:
+                cells += comparison.unopened(runtime, settings, str(error))
+                continue
             cells += comparison.cells(candidate)
             notes += notes_on(candidate, request)
-            padded |= batch_size_for(candidate, request) > 1 and len({len(prompt) for prompt in request.prompts}) > 1
+            padded |= is_padded(request, batch_size_for(candidate, request))
     if options.save_reference is not None and comparison.reference_run is not None:
         save_reference(options.save_reference, comparison.reference_run, model.sha256)
     return Report(
@@ -104,7 +113,7 @@ def _prompts(options: argparse.Namespace, checkpoint: Checkpoint) -> Sequence[Se
 
     if options.prompts is not None:
         return read_prompts(options.prompts, encode)
-    return [encode(text) for text in options.prompt or BUILT_IN]
+    return [encode_checked("--prompt", text, encode) for text in options.prompt or BUILT_IN]
 
 
 def _provider_options(given: Sequence[str]) -> dict[str, str]:
