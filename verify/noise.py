@@ -22,6 +22,7 @@ from refengine.weights import Linear
 
 ONE_BIT = 2.0
 ENOUGH_DRAWS = 64  # from 16 positions on, the four orders alone
+SMALLEST = 1e-150  # keeps ratios of exact zeros finite, and its square is not zero yet
 HALF_ULP = 2.0**-25  # a float32 result cannot be nearer than its own rounding: about this much of its size
 
 
@@ -42,17 +43,18 @@ class Noise:
     @classmethod
     def of(cls, errors: Sequence[np.ndarray], reference64_PX: np.ndarray) -> "Noise":
         """From each equivalent order's error at each position, as `rms(..., axis=-1)` gives it."""
-        rounding_P = HALF_ULP * rms(reference64_PX, axis=-1) + np.finfo(np.float64).tiny
+        rounding_P = HALF_ULP * rms(reference64_PX, axis=-1) + SMALLEST
 
         def pooled(some: Sequence[np.ndarray]) -> np.ndarray:
             return np.maximum(rms(np.stack(some), axis=0), rounding_P)
 
-        others = [(error_P, pooled([other for other in errors if other is not error_P])) for error_P in errors]
-        return cls(
-            pooled(errors),
-            overall_bound=ONE_BIT * max(float(rms(error_P) / rms(rms_P)) for error_P, rms_P in others),
-            position_bound=ONE_BIT * max(float((error_P / rms_P).max()) for error_P, rms_P in others),
-        )
+        # Where every order is exact, one rounding more is still honest: a ratio of 1 is never too much.
+        overall, position = [1.0], [1.0]
+        for place, error_P in enumerate(errors):
+            rms_P = pooled([*errors[:place], *errors[place + 1 :]])
+            overall.append(float(rms(error_P) / rms(rms_P)))
+            position.append(float((error_P / rms_P).max()))
+        return cls(pooled(errors), ONE_BIT * max(overall), ONE_BIT * max(position))
 
 
 def rms(x: np.ndarray, axis: int | None = None) -> np.ndarray:
@@ -97,10 +99,18 @@ def rope_table_in_its_dtype(
     dtype: np.dtype,
 ) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin with the angles rounded to `dtype`, as every exporter computes them; matters at long positions."""
-    length = int(positions_BT.max()) + 1
+    rows = [_angles(rope, head_dim, max_position_embeddings, positions_T, dtype) for positions_T in positions_BT]
+    angles_BTP = np.stack([angles_TP for angles_TP, _ in rows])
+    factor = dtype.type(rows[0][1])
+    return np.cos(angles_BTP) * factor, np.sin(angles_BTP) * factor
+
+
+def _angles(
+    rope: RopeParameters, head_dim: int, max_position_embeddings: int, positions_T: np.ndarray, dtype: np.dtype
+) -> tuple[np.ndarray, float]:
+    length = int(positions_T.max()) + 1
     inv_freq_P, factor = rope_inverse_frequencies(rope, head_dim, max_position_embeddings, length)
-    angles_BTP = positions_BT[:, :, None].astype(dtype) * inv_freq_P.astype(dtype)
-    return np.cos(angles_BTP) * dtype.type(factor), np.sin(angles_BTP) * dtype.type(factor)
+    return positions_T[:, None].astype(dtype) * inv_freq_P.astype(dtype), factor
 
 
 def attend_with_probabilities(

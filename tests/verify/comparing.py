@@ -1,0 +1,57 @@
+"""A checkpoint compared with an export of it, for tests of the verdict."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from refengine.checkpoint import Checkpoint
+from verify.candidates import Candidate
+from verify.compare import CacheMode, Comparison, Request
+from verify.reference import Reference, ReferenceRun
+from verify.report.result import Cell
+from verify.runtimes import RUNTIMES
+
+Rows = Sequence[Sequence[int]]
+
+
+@dataclass
+class Notes:
+    """A `Progress` that keeps what it is told."""
+
+    begun: list[tuple[str, int | None]] = field(default_factory=list)
+    steps: int = 0
+
+    def begin(self, what: str, steps: int | None) -> None:
+        self.begun.append((what, steps))
+
+    def advance(self, steps: int) -> None:
+        self.steps += steps
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A checkpoint, prompts, and the reference's run of them, which is shared by everything compared with it."""
+
+    checkpoint: Checkpoint
+    prompts: Rows
+    max_new_tokens: int
+
+    @cached_property
+    def reference(self) -> ReferenceRun:
+        return Reference(self.checkpoint).run(self.prompts, self.max_new_tokens)
+
+    def open(self, path: Path, runtime: str = "ort-cpu", options: Mapping[str, str] | None = None) -> Candidate:
+        return RUNTIMES[runtime](path, runtime, options or {}, self.checkpoint.config)
+
+    def cells(
+        self,
+        path: Path,
+        runtime: str = "ort-cpu",
+        modes: tuple[CacheMode, ...] = ("off", "on"),
+        batch_size: int | None = None,
+    ) -> dict[str, Cell]:
+        """The cells of one export, by cache mode."""
+        request = Request(self.prompts, self.max_new_tokens, modes, batch_size)
+        comparison = Comparison(Reference(self.checkpoint), request, Notes(), self.reference)
+        return {cell.cache: cell for cell in comparison.cells(self.open(path, runtime))}
