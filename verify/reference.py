@@ -20,6 +20,12 @@ from verify.noise import Noise, orders_for, rms
 
 TOKENS_A_PASS = 512  # bounds the logits held at a time
 FORMAT = 1  # of a saved run
+# What reading a file raises that is no saved run, or no longer a whole one. An OverflowError is an infinite token;
+# NotImplementedError and RuntimeError are zipfile's, of versions and encryption that nobody wrote.
+DAMAGED = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
+    *(RecursionError, OverflowError, NotImplementedError, RuntimeError, BadZipFile),
+)
 Rows = Sequence[Sequence[int]]
 
 
@@ -171,12 +177,12 @@ def load_reference(path: Path, model_sha256: str, prompts: Rows, max_new_tokens:
         InputError: the file is not one, or is of another model, other prompts or another number of new tokens.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             header = json.loads(str(file["header"]))
             arrays = {name: file[name] for name in file.files if name != "header"}
         run = _run_of(header, arrays)
         made_from = str(header["model_sha256"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, BadZipFile) as error:
+    except DAMAGED as error:
         raise InputError(f"{path}: not a whole reference run ({error}); make one with --save-reference") from error
     again = "make it again with --save-reference"
     if made_from != model_sha256:

@@ -1,6 +1,8 @@
 """`python -m verify compare` from its options to its report."""
 
 import argparse
+import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,15 +51,33 @@ def run_compare(options: argparse.Namespace) -> int:
         checkpoint = open_checkpoint(options.model or embedded_model())
         candidate = options.candidate or _embedded_export(checkpoint, Path(temporary))
         report = _report(options, checkpoint, candidate)
-    if options.json == "-":
-        print(as_json(report), end="")
-        print_report(report, Console(stderr=True))
-    else:
-        print_report(report, Console())
+    _show(report, as_text=options.json != "-")
     if json_file is not None:
         with replacing(json_file) as unfinished:
             unfinished.write_text(as_json(report), encoding="utf-8")
     return report.exit_code
+
+
+class _PatientConsole(Console):
+    """A console whose reader may leave: what is left is not shown, and the exit code is still the verdict's."""
+
+    def on_broken_pipe(self) -> None:
+        """Sends the rest nowhere, where the interpreter's last flush cannot fail either."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show(report: Report, as_text: bool) -> None:
+    """The report on standard output: as text, or as JSON with the text on standard error."""
+    console = _PatientConsole()
+    if as_text:
+        print_report(report, console)
+        return
+    print_report(report, Console(stderr=True))
+    try:
+        print(as_json(report), end="", flush=True)
+    except BrokenPipeError:
+        console.on_broken_pipe()
 
 
 def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> Report:

@@ -6,6 +6,8 @@ import pytest
 
 from refengine.checkpoint import Checkpoint, open_checkpoint
 from refengine.tokenizer import encode_prompt, load_tokenizer
+from tests.checkpoints import write_checkpoint
+from tests.verify.commands import Small
 from tests.verify.comparing import Compared
 from verify.export import export_decoder
 
@@ -52,3 +54,20 @@ def without_cache(tiny, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("without_cache") / "model.onnx"
     export_decoder(tiny, path, cache=False)
     return path
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Small:
+    """A small random model for the command line: three ragged prompts, no tokenizer."""
+    made = Small(tmp_path_factory.mktemp("small"))
+    export_decoder(open_checkpoint(write_checkpoint(made.checkpoint)), made.export)
+    rows = ([3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8, 9])
+    made.prompts.write_text("".join(f'{{"token_ids": {row}}}\n' for row in rows), encoding="utf-8")
+    return made
+
+
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch) -> None:
+    """Nothing in the environment says how wide or colourful a terminal is."""
+    for name in ("COLUMNS", "LINES", "FORCE_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE"):
+        monkeypatch.delenv(name, raising=False)

@@ -110,7 +110,9 @@ def swap_keys_and_values_given(model: onnx.ModelProto) -> None:
     """Gives out keys as values and values as keys, having used them rightly."""
     layers = sum(output.name.endswith(".key") for output in model.graph.output)
     for layer in range(layers):
-        _give_as(model, {f"present.{layer}.key": f"present.{layer}.value", f"present.{layer}.value": f"present.{layer}.key"})
+        _give_as(
+            model, {f"present.{layer}.key": f"present.{layer}.value", f"present.{layer}.value": f"present.{layer}.key"}
+        )
 
 
 def give_layers_in_order_of_text(model: onnx.ModelProto) -> None:
@@ -119,7 +121,11 @@ def give_layers_in_order_of_text(model: onnx.ModelProto) -> None:
     names = dict(enumerate(sorted(range(layers), key=str)))
     _give_as(
         model,
-        {f"present.{layer}.{kind}": f"present.{name}.{kind}" for layer, name in names.items() for kind in ("key", "value")},
+        {
+            f"present.{layer}.{kind}": f"present.{name}.{kind}"
+            for layer, name in names.items()
+            for kind in ("key", "value")
+        },
     )
 
 

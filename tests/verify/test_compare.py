@@ -30,7 +30,7 @@ CACHE_ONLY = {"off": "equal", "on": "mismatch"}
 
 @dataclass(frozen=True)
 class Fault:
-    """What is given to `write_faulty`, the verdict by cache mode on a ragged batch, and on one prompt if that differs."""
+    """What `write_faulty` is given, the verdicts by cache mode on a ragged batch, and on one prompt if they differ."""
 
     verdicts: Mapping[str, str]
     made: Mapping[str, Any] = field(default_factory=dict)
@@ -42,7 +42,9 @@ FAULTS = {
     "rms_norm_eps 1e-6 in one layer": Fault(
         DRIFT, {"modules": only_in({5}, "rms_norm", lambda at, x_BTD, eps: MODULES.rms_norm(at, x_BTD, 1e-6))}
     ),
-    "attention scale off by 1e-4 in one layer": Fault(DRIFT, {"modules": only_in({3}, "attend", scaled_attention(1.0001))}),
+    "attention scale off by 1e-4 in one layer": Fault(
+        DRIFT, {"modules": only_in({3}, "attend", scaled_attention(1.0001))}
+    ),
     "one weight off by a thousandth": Fault(
         DRIFT, {"read": changed_weight("model.layers.4.self_attn.o_proj.weight.T", lambda weight_IO: 1.001 * weight_IO)}
     ),
@@ -60,7 +62,11 @@ FAULTS = {
     ),
     "a logit that is NaN": Fault(
         MISMATCH,
-        {"read": changed_weight("lm_head.weight.T", lambda w_DV: np.where(np.arange(w_DV.shape[1]) == 300, np.nan, w_DV))},
+        {
+            "read": changed_weight(
+                "lm_head.weight.T", lambda w_DV: np.where(np.arange(w_DV.shape[1]) == 300, np.nan, w_DV)
+            )
+        },
     ),
 }
 

@@ -21,9 +21,7 @@ def reference(compared) -> ReferenceRun:
 @pytest.fixture(scope="module")
 def run(compared, clean) -> CandidateRun:
     """An honest run: three rows, with the cache."""
-    return run_candidate(
-        compared.open(clean), compared.prompts, compared.max_new_tokens, use_cache=True, batch_size=3
-    )
+    return run_candidate(compared.open(clean), compared.prompts, compared.max_new_tokens, use_cache=True, batch_size=3)
 
 
 def with_logits(run: CandidateRun, row: int, position: int, change: Change) -> CandidateRun:

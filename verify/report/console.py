@@ -67,17 +67,18 @@ def _to_do(report: Report) -> str:
         return "nothing"
     if report.verdict == "no-verdict":
         return "put right what the cause names, or compare on another runtime (--runtime)"
-    runs = {(cell.cache, cell.verdict == "equal") for cell in report.cells}
-    if ("off", True) in runs and ("on", False) in runs:
-        return "look at the cache first: without it the export is equal"
     on_cpu = [cell.verdict == "equal" for cell in report.cells if cell.runtime == "ort-cpu"]
-    if not on_cpu:
-        return (
-            "compare with --runtime ort-cpu too: if it is equal there, the provider is at fault, otherwise the export"
-        )
-    return (
-        "look at the provider and its options" if all(on_cpu) else "look at the export: it differs on the plain CPU too"
-    )
+    if on_cpu and all(on_cpu):
+        return "look at the provider and its options: the export is equal on the plain CPU"
+    verdicts = {(cell.runtime, cell.cache): cell.verdict for cell in report.cells}
+    if any(
+        verdict != "equal" and cache == "on" and verdicts.get((runtime, "off")) == "equal"
+        for (runtime, cache), verdict in verdicts.items()
+    ):
+        return "look at the cache first: without it the export is equal"
+    if on_cpu:
+        return "look at the export: it differs on the plain CPU too"
+    return "compare with --runtime ort-cpu too: if it is equal there, the provider is at fault, otherwise the export"
 
 
 def _print_subject(report: Report, console: Console) -> None:
@@ -98,7 +99,7 @@ def _print_subject(report: Report, console: Console) -> None:
 
 
 def _table(cells: Sequence[Cell]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("runtime", "cache", "verdict"):
         table.add_column(heading, no_wrap=True)
     for heading in ("tokens", "noise (bound)", "worst (bound)", "seconds"):
