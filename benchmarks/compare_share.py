@@ -3,8 +3,8 @@
     python -m benchmarks.compare_share MODEL EXPORT.onnx [RUNTIME]
 
 Runs `python -m verify compare` (8 prompts, 64 tokens, with the cache and without) as a process of its own. Two
-shares of its wall time: the reference's own (its passes and the judging), and that of everything but the candidate's runs,
-which counts the start, the fingerprints and the opening of the session as the reference's too.
+shares of its wall time: the reference's own (its passes and the judging), and that of everything but the candidate's
+runs, which counts the start, the fingerprints and the opening of the session as the reference's too.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""The bounds let every honest float32 implementation pass, those that did not measure them too, and few positions do."""
+"""The bounds let every honest float32 implementation pass, those that did not measure them too, on few
+positions too.
+"""
 
 from dataclasses import replace
 
