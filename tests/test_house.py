@@ -1,4 +1,6 @@
-"""The rules of the house that are small enough to check: who imports whom, how long things are, and what nobody writes."""
+"""The rules of the house that are small enough to check: who imports whom, how long things are, and what nobody
+writes.
+"""
 
 import ast
 import re
