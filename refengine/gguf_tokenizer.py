@@ -171,4 +171,5 @@ class TokenizerErrors:
 
 
 def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its class where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

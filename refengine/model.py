@@ -98,6 +98,7 @@ def attention(
     ops: Ops,
     trace: Trace,
 ) -> np.ndarray:
+    """Self-attention of a layer: projections, rotation, the cache, `attend`, and o_proj."""
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     at = f"layers.{index}.self_attn."
     B, T, _ = h_BTD.shape
@@ -120,9 +121,9 @@ def attention(
 
 
 def mlp(config: Config, layer: Layer, at: str, h_BTD: np.ndarray, ops: Ops, trace: Trace) -> np.ndarray:
+    """SwiGLU: gate and up side by side, then down."""
     gate_up_BTF = ops.linear(h_BTD, layer.gate_up_proj)
-    F = config.intermediate_size
-    gate_BTF, up_BTF = gate_up_BTF[..., :F], gate_up_BTF[..., F:]
+    gate_BTF, up_BTF = gate_up_BTF[..., : config.intermediate_size], gate_up_BTF[..., config.intermediate_size :]
     trace(at + "mlp.gate_proj", gate_BTF)
     trace(at + "mlp.up_proj", up_BTF)
     h_BTF = ops.silu_gate(gate_BTF, up_BTF)

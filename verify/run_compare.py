@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -36,7 +36,7 @@ from verify.report.console import print_report
 from verify.report.result import Cell, Exported, Model, Report
 from verify.runtimes import RUNTIMES
 
-MODES: dict[str, tuple[CacheMode, ...]] = {"both": ("off", "on"), "on": ("on",), "off": ("off",)}
+MODES: Mapping[str, tuple[CacheMode, ...]] = {"both": ("off", "on"), "on": ("on",), "off": ("off",)}
 
 
 def run_compare(options: argparse.Namespace) -> int:

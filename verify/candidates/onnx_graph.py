@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 HEADS_ATTRIBUTES = ("num_heads", "q_num_heads")  # of com.microsoft's attention operators, and of ONNX's own
 LINEAR = ("MatMul", "Gemm", "MatMulInteger", "MatMulNBits")
 BETWEEN = ("Transpose", "Cast", "DequantizeLinear", "Identity")  # may stand between a weight and its product
-BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2}  # of dtypes that fill no whole byte
+BITS: Mapping[str, int] = {
+    "int4": 4,
+    "uint4": 4,
+    "float4_e2m1fn": 4,
+    "int2": 2,
+    "uint2": 2,
+}  # of dtypes that fill no whole byte
 
 
 @dataclass(frozen=True)

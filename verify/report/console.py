@@ -9,7 +9,7 @@ from rich.table import Table
 
 from verify.report.result import Cell, Report
 
-COLOURS = {"equal": "green", "drift": "yellow", "mismatch": "red", "no-verdict": "magenta"}
+COLOURS: Mapping[str, str] = {"equal": "green", "drift": "yellow", "mismatch": "red", "no-verdict": "magenta"}
 
 
 def print_report(report: Report, console: Console) -> None:
