@@ -4,37 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from refengine.errors import TokensError
 from refengine.kvcache import NO_CACHE, Cache, Float, KVCache, Scheme
 from refengine.model import forward
 from refengine.ops import OPS, Ops
+from refengine.tokens import left_padded
 from refengine.trace import Trace, no_trace
 from refengine.weights import Weights
 
 OnToken = Callable[[int, int], None]  # (row, token), called as each token is chosen
-
-PADDING_ID = 0  # any valid token: at position -1 it is neither attended to nor counted
-
-
-def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """`token_ids_BT` and `positions_BT` of prompts that end in the same column; padding is in front, at position -1.
-
-    Raises:
-        TokensError: there is no prompt, or one is empty.
-    """
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
-        raise TokensError(
-            "prompts: expected at least one token in each, found "
-            f"{f'none in prompt {empty[0]}' if empty else 'no prompt'}"
-        )
-    longest = max(map(len, prompts))
-    token_ids_BT = np.full((len(prompts), longest), PADDING_ID, np.int64)
-    positions_BT = np.full((len(prompts), longest), -1, np.int64)
-    for row, prompt in enumerate(prompts):
-        token_ids_BT[row, longest - len(prompt) :] = prompt
-        positions_BT[row, longest - len(prompt) :] = np.arange(len(prompt))
-    return token_ids_BT, positions_BT
 
 
 def new_cache(weights: Weights, batch_size: int, scheme: Scheme | None = None) -> KVCache:

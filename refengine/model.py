@@ -12,9 +12,9 @@ sliding windows and what a cache has dropped all follow from positions: there is
 import numpy as np
 
 from refengine.config import Config
-from refengine.errors import TokensError
 from refengine.kvcache import NO_CACHE, Cache
 from refengine.ops import OPS, Ops
+from refengine.tokens import check_tokens
 from refengine.trace import Trace, no_trace
 from refengine.weights import Layer, Weights
 
@@ -47,7 +47,7 @@ def forward(
         TokensError: ids or positions of the wrong shape, type or range.
     """
     config = weights.config
-    _check_tokens(token_ids_BT, positions_BT, config.vocab_size)
+    check_tokens(token_ids_BT, positions_BT, config.vocab_size)
     rope = ops.rope_table(
         config.rope_parameters, config.head_dim, config.max_position_embeddings, positions_BT, weights.dtype
     )
@@ -131,21 +131,3 @@ def mlp(config: Config, layer: Layer, at: str, h_BTD: np.ndarray, ops: Ops, trac
     y_BTD = ops.linear(h_BTF, layer.down_proj)
     trace(at + "mlp.down_proj", y_BTD)
     return y_BTD
-
-
-def _check_tokens(token_ids_BT: np.ndarray, positions_BT: np.ndarray, vocab_size: int) -> None:
-    if token_ids_BT.ndim != 2 or token_ids_BT.size == 0 or token_ids_BT.dtype.kind not in "iu":
-        raise TokensError(
-            f"token ids: expected whole numbers of shape (batch, tokens), found {token_ids_BT.dtype} "
-            f"{token_ids_BT.shape}"
-        )
-    if positions_BT.shape != token_ids_BT.shape or positions_BT.dtype.kind != "i" or positions_BT.min() < -1:
-        raise TokensError(
-            f"positions: expected signed whole numbers of shape {token_ids_BT.shape}, from -1 (padding); "
-            f"found {positions_BT.dtype} {positions_BT.shape} from {positions_BT.min(initial=0)}"
-        )
-    if token_ids_BT.min() < 0 or token_ids_BT.max() >= vocab_size:
-        wrong = token_ids_BT[(token_ids_BT < 0) | (token_ids_BT >= vocab_size)][0]
-        raise TokensError(
-            f"token ids: expected 0 to {vocab_size - 1}, found {wrong}; was it made by another model's tokenizer?"
-        )

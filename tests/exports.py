@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from refengine import Weights, forward, open_checkpoint
 from refengine.checkpoint import Checkpoint
-from refengine.generate import left_padded
+from refengine.tokens import left_padded
 from refengine.trace import Recorder
 from tests.checkpoints import write_checkpoint
 from verify.export import export_decoder

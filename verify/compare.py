@@ -90,8 +90,7 @@ class Comparison:
         reference, reference_seconds = self.reference_run, time.perf_counter() - began
         if run.tokens != reference.tokens:
             # From its first difference on, the candidate saw other tokens; feed both the same, so that one early
-            # flip does
-            # not hide the rest. That difference itself stands, should the second run not repeat it.
+            # flip does not hide the rest. That difference itself stands, should the second run not repeat it.
             forced = self._drive(candidate, mode, rows, forced=reference.tokens)
             seconds += forced.seconds
             run = replace(forced, tokens=_with_first_differences(forced.tokens, run.tokens, reference.tokens))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refengine.generate import left_padded
+from refengine.tokens import left_padded
 from verify.candidates import Candidate, Past
 from verify.errors import NoVerdict
 

@@ -61,9 +61,10 @@ def compare_noise(run: CandidateRun, reference: ReferenceRun) -> NoiseRatio:
         cache[point], worst = _ratio(point, rows, reference.caches[point], lengths)
         worsts.append(worst)
     bounds = reference.logits.noise
+    beyond = tuple(point for point, ratio in cache.items() if not ratio <= reference.caches[point].noise.overall_bound)
     # NaN is worse than anything; max alone would pass over it.
     worst = next((worst for worst in worsts if np.isnan(worst.ratio)), max(worsts, key=lambda worst: worst.ratio))
-    return NoiseRatio(logits, bounds.overall_bound, worst_position, bounds.position_bound, cache, worst)
+    return NoiseRatio(logits, bounds.overall_bound, worst_position, bounds.position_bound, cache, beyond, worst)
 
 
 def _ratio(point: str, rows: Sequence[np.ndarray], reference: Measured, lengths: Sequence[int]) -> tuple[float, Worst]:

@@ -11,9 +11,10 @@ import numpy as np
 
 from refengine.checkpoint import Checkpoint
 from refengine.errors import InputError
-from refengine.generate import generate, left_padded, teacher_forced
+from refengine.generate import generate, teacher_forced
 from refengine.kvcache import Float, KVCache
 from refengine.ops import OPS, Ops
+from refengine.tokens import left_padded
 from refengine.weights import Weights
 from verify.files import replacing
 from verify.noise import Noise, orders_for, rms
@@ -84,7 +85,6 @@ class Reference:
         weights = Weights.open(self.checkpoint, np.float64)
         endless = replace(weights, config=replace(weights.config, eos_token_id=()))
         self.on_progress("the reference in float64")
-        tokens = guess
         tokens = guess or generate(endless, prompts, max_new_tokens)
         logits_PV, caches = _pass(endless, prompts, tokens)
         if chosen(logits_PV, prompts, tokens) != [list(row) for row in tokens]:

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from ml_dtypes import bfloat16
 
 from refengine import weights as weights_module
-from refengine.generate import generate, left_padded, new_cache, teacher_forced
+from refengine.generate import generate, new_cache, teacher_forced
 from refengine.kvcache import Float, KVCache
 from refengine.model import forward
 from refengine.ops import OPS, Ops
+from refengine.tokens import left_padded
 from refengine.trace import Recorder, trace_points
 from refengine.weights import Weights
 from tests.checkpoints import write_checkpoint

@@ -92,6 +92,13 @@ def test_a_fault_gets_its_verdict_in_the_cells_where_it_shows(tiny, compared, al
         assert cell.tokens.compared == 24
 
 
+def test_a_cache_given_wrongly_is_named_even_where_no_logit_depends_on_it(tiny, compared, clean, tmp_path):
+    path = write_faulty(tiny, tmp_path / "model.onnx", edit=faulty.swap_keys_and_values_given)
+    wrong = compared.cells(path)["off"]
+    assert (wrong.verdict, len(wrong.noise_ratio.cache_beyond)) == ("equal", 2 * 12)
+    assert compared.cells(clean)["off"].noise_ratio.cache_beyond == ()
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("exporter", ["optimum", "genai", "dynamo"])
 def test_exports_that_others_made_are_equal_with_the_cache_and_without(compared, exporter, runtime):
@@ -101,6 +108,7 @@ def test_exports_that_others_made_are_equal_with_the_cache_and_without(compared,
         assert (cell.tokens.compared, cell.tokens.equal) == (24, 24)
         assert cell.batch_size == (1 if exporter == "genai" else 3)
         assert len(cell.noise_ratio.cache) == 2 * 12
+        assert cell.noise_ratio.cache_beyond == ()
     assert report_of(cells, compared).exit_code == 0
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refengine import Weights, generate
-from refengine.generate import left_padded
+from refengine.tokens import left_padded
 from refengine.trace import trace_points
 from tests.exports import (
     CPU,

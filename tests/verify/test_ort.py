@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from refengine.checkpoint import open_checkpoint
 from refengine.config import Config
-from refengine.generate import left_padded
 from refengine.model import forward
+from refengine.tokens import left_padded
 from refengine.weights import Weights
 from tests.checkpoints import TINY, write_checkpoint
 from tests.verify.handmade import (

@@ -11,7 +11,7 @@ from onnx import TensorProto
 from refengine.checkpoint import open_checkpoint
 from refengine.config import Config
 from refengine.errors import InputError
-from refengine.generate import left_padded
+from refengine.tokens import left_padded
 from tests.checkpoints import TINY, write_checkpoint
 from tests.verify.handmade import ONE_LAYER, H, K, N, V, repeating_decoder
 from verify.candidates import Past

@@ -29,7 +29,7 @@ FLIP = FirstMismatch(row=2, step=12, expected=314, actual=253, margin=0.8125)
 
 def noise(logits: float = 1.07, worst: float = 2.5) -> NoiseRatio:
     place = Worst("lm_head", 0, 17, worst)
-    return NoiseRatio(logits, 2.29, place, 4.71, {"layers.3.self_attn.k_cache": 1.6}, place)
+    return NoiseRatio(logits, 2.29, place, 4.71, {"layers.3.self_attn.k_cache": 1.6}, (), place)
 
 
 def cell(
@@ -72,6 +72,14 @@ def test_all_equal_is_said_with_how_much_was_compared():
         "and the logits are honest float32"
     )
     assert (cause, to_do) == ("cause: none to look for", "to do: nothing")
+
+
+def test_a_wrong_cache_that_nobody_read_is_pointed_out_beside_the_verdict():
+    wrong = replace(noise(), cache={"layers.3.self_attn.k_cache": 5.7e7}, cache_beyond=("layers.3.self_attn.k_cache",))
+    text = printed(report(cell(cache="off", ratio=wrong)))
+    assert text.startswith("equal: ")
+    assert "ort-openvino, cache off: the logits are right, but 1 of 1 present.* outputs are not" in text
+    assert "present.*" not in printed(report(cell(cache="on", verdict="mismatch", ratio=wrong, first=FLIP)))
 
 
 def test_drift_and_mismatch_name_the_runs_that_have_them_and_no_others():

@@ -136,6 +136,11 @@ def _print_details(cell: Cell, console: Console) -> None:
     if cell.noise_ratio and cell.noise_ratio.cache:
         point, ratio = max(cell.noise_ratio.cache.items(), key=lambda item: item[1])
         lines.append(f"of the cache, {point} is noisiest: {_figure(ratio)}")
+        if cell.noise_ratio.cache_beyond and cell.verdict == "equal":
+            lines.append(
+                f"the logits are right, but {len(cell.noise_ratio.cache_beyond)} of {len(cell.noise_ratio.cache)} "
+                "present.* outputs are not what this checkpoint keeps; whoever decodes with them goes wrong"
+            )
     lines += _nodes(cell.settings.get("effective", {}).get("providers", {}))
     for line in lines:
         console.print(escape(name + line), soft_wrap=True, highlight=False)

@@ -52,6 +52,8 @@ class NoiseRatio:
         worst_position: of the logits, the position with the largest ratio.
         position_bound: up to where that counts as honest.
         cache: over all positions of each layer's keys and values, by trace point; empty where the export gives none.
+        cache_beyond: the points of `cache` beyond what honest float32 explains; no part of the verdict, since with the
+            cache wrong keys and values show in the logits, and without it nobody reads them.
         worst: the largest ratio at any position of any point compared.
     """
 
@@ -60,6 +62,7 @@ class NoiseRatio:
     worst_position: Worst
     position_bound: float
     cache: Mapping[str, float]
+    cache_beyond: tuple[str, ...]
     worst: Worst
 
 
