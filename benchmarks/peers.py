@@ -119,9 +119,16 @@ class InItsOwnProcess:
 
 def _serve(connection: Connection, make: Callable[..., Engine], arguments: tuple) -> None:
     engine = make(*arguments)
-    while True:
-        measure, given = connection.recv()
+    while (request := _next(connection)) is not None:
+        measure, given = request
         connection.send(measure(engine, *given))
+
+
+def _next(connection: Connection) -> tuple[Callable[..., float], tuple] | None:
+    try:
+        return connection.recv()
+    except EOFError:  # the other side has ended
+        return None
 
 
 def machine() -> str:
