@@ -17,6 +17,10 @@ class TokensError(InputError):
     """Token ids or positions that the model cannot be fed."""
 
 
+class RequestError(InputError):
+    """A request for tokens that can never be met, or limits that no request can meet."""
+
+
 class CacheError(InputError):
     """A cache asked for what it no longer holds, or for rows or tokens that do not fit it."""
 

@@ -41,15 +41,16 @@ def generate(
     kept = new_cache(weights, len(prompts), scheme) if cache else None
     generated: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # those that have not ended, in the order of the batch
-    for step in range(max_new_tokens):
-        new = slice(None) if step == 0 or kept is None else slice(-1, None)
-        logits_BTV = forward(weights, token_ids_BT[:, new], positions_BT[:, new], kept or NO_CACHE, last=True, ops=ops)
+    for _ in range(max_new_tokens):
+        logits_BTV = forward(weights, token_ids_BT, positions_BT, kept or NO_CACHE, last=True, ops=ops)
         chosen_B = logits_BTV[:, -1].argmax(axis=-1)
         for row, token in zip(rows, chosen_B.tolist(), strict=True):
             generated[row].append(token)
             on_token(row, token)
-        token_ids_BT = np.append(token_ids_BT, chosen_B[:, None], axis=1)
-        positions_BT = np.append(positions_BT, positions_BT[:, -1:] + 1, axis=1)
+        # Fed next: the new tokens alone where a cache keeps the others, else all of them again.
+        fed_before = slice(None) if kept is None else slice(0)
+        token_ids_BT = np.append(token_ids_BT[:, fed_before], chosen_B[:, None], axis=1)
+        positions_BT = np.append(positions_BT[:, fed_before], positions_BT[:, -1:] + 1, axis=1)
         going_on = np.flatnonzero(~np.isin(chosen_B, weights.config.eos_token_id))
         if len(going_on) == len(rows):
             continue
