@@ -1,14 +1,17 @@
-"""`python -m refengine generate MODEL --prompt TEXT`: text as it comes, then how fast it came."""
+"""`python -m refengine`: greedy text from one prompt, as it comes, or from many, and what it costs on paper."""
 
 import argparse
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from refengine.checkpoint import open_checkpoint
+from refengine.cost_table import add_cost
 from refengine.errors import InputError
 from refengine.generate import generate
+from refengine.generate_many import POLICIES, generate_many
 from refengine.tokenizer import encode_prompt, load_tokenizer
 from refengine.weights import Weights
 
@@ -37,7 +40,16 @@ def _parser() -> argparse.ArgumentParser:
     run = verbs.add_parser("generate", help="greedy text from a prompt")
     run.set_defaults(run=_generate)
     run.add_argument("model", metavar="MODEL", help="checkpoint directory, hub name or .gguf file")
-    run.add_argument("--prompt", required=True, metavar="TEXT")
+    prompts = run.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT")
+    prompts.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='many: one a line, or JSON lines with "text" or "token_ids"'
+    )
+    run.add_argument("--batching", choices=POLICIES, default="continuous", help="of --prompts; default %(default)s")
+    run.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="of --prompts; default %(default)s")
+    run.add_argument(
+        "--max-tokens", type=_positive, metavar="N", help="of --prompts: most slots of the cache; default: no limit"
+    )
     run.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
     run.add_argument(
         "--chat",
@@ -49,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read one layer at a time: slower, but memory for one layer is enough",
     )
+    add_cost(verbs)
     return root
 
 
@@ -59,6 +72,9 @@ def _positive(text: str) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
+    if options.prompts is not None:
+        generate_many(options)
+        return 0
     checkpoint = open_checkpoint(options.model)
     tokenizer = load_tokenizer(checkpoint.path)
     prompt = encode_prompt(tokenizer, options.prompt, chat=options.chat)

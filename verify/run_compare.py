@@ -23,13 +23,14 @@ from rich.progress import (
 
 from refengine.checkpoint import Checkpoint, open_checkpoint
 from refengine.errors import InputError
+from refengine.prompts import encode_checked, read_prompts
 from refengine.tokenizer import encode_prompt, load_tokenizer
 from verify.candidates.onnx_file import describe
 from verify.compare import CacheMode, Comparison, Request, batch_size_for, is_padded, not_revealed, notes_on
 from verify.embedded import embedded_model
 from verify.errors import NoVerdict
 from verify.files import check_place, replacing, sha256_of
-from verify.prompts import BUILT_IN, check_prompts, encode_checked, read_prompts
+from verify.prompts import BUILT_IN, check_prompts
 from verify.reference import Reference, load_reference, save_reference
 from verify.report.as_json import as_json
 from verify.report.console import print_report

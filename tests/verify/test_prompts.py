@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from refengine.config import Config
 from refengine.errors import InputError, TokensError
+from refengine.prompts import encode_checked, read_prompts
 from refengine.tokenizer import encode_prompt, load_tokenizer
 from tests.checkpoints import TINY
-from verify.prompts import BUILT_IN, check_prompts, encode_checked, read_prompts
+from verify.prompts import BUILT_IN, check_prompts
 
 CONFIG = Config.from_dict(TINY)
 
