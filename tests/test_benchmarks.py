@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare_share, judging, speed, streaming
+from benchmarks import compare_share, judging, speed, strategies, streaming
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "fixtures" / "tiny_llama"
@@ -71,3 +71,16 @@ def test_compare_share_prints_both_shares_of_the_wall_time(printed: Printed) -> 
     assert "ort-cpu, 3 tokens a prompt, cache off and on" in text
     reference, all_but_the_candidate = ratios(text)
     assert 0 < reference < all_but_the_candidate < 1
+
+
+def test_strategies_prints_what_batching_the_cache_and_blocks_are_worth(printed: Printed) -> None:
+    strategies.main(MODEL, rounds=1, prefilled=700)
+    text = printed()
+    found = dict(re.findall(r"^ratio [\d.]+ (.*?) / (.*)$", text, re.MULTILINE))
+    assert found == {
+        "static": "continuous",
+        "one at a time": "continuous",
+        "without cache": "with cache",
+        "in blocks": "all scores at once",
+    }
+    assert ratios(text)[-1] < 0.5  # of memory: the scores of 700 tokens against those of a block
