@@ -20,7 +20,7 @@ from verify.files import replacing
 from verify.noise import Noise, orders_for, rms
 
 TOKENS_A_PASS = 512  # bounds the logits held at a time
-FORMAT = 1  # of a saved run
+FORMAT = 2  # of a saved run
 # What reading a file raises that is no saved run, or no longer a whole one. An OverflowError is an infinite token;
 # NotImplementedError and RuntimeError are zipfile's, of versions and encryption that nobody wrote.
 DAMAGED = (
@@ -157,6 +157,7 @@ def save_reference(path: Path, run: ReferenceRun, model_sha256: str) -> None:
                     "model_sha256": model_sha256,
                     "prompts": _lists(run.prompts),
                     "tokens": _lists(run.tokens),
+                    "points": sorted(["lm_head", *run.caches]),
                 }
             )
         )
@@ -205,6 +206,8 @@ def _run_of(header: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> Referen
     prompts, tokens = _lists(header["prompts"]), _lists(header["tokens"])
     flips_P = arrays.pop("flips_P")
     points = sorted({name.rsplit("/", 1)[0] for name in arrays})
+    if points != header["points"]:  # a damaged archive may list fewer arrays than it holds
+        raise ValueError(f"expected {len(header['points'])} trace points, found {len(points)}")
     measured = {
         point: Measured(
             arrays[f"{point}/value64"], Noise(arrays[f"{point}/rms"], *map(float, arrays[f"{point}/bounds"]))

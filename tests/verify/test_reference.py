@@ -175,7 +175,7 @@ def rewrite(saved: Path, header: Callable[[dict], object] = lambda given: given,
 
 NOT_OURS = {
     "no model": {"header": lambda given: {key: given[key] for key in given if key != "model_sha256"}},
-    "another format": {"header": lambda given: given | {"format": 2}},
+    "another format": {"header": lambda given: given | {"format": 3}},
     "a model that is no text": {"header": lambda given: given | {"model_sha256": None}},
     "no header": {"header": lambda given: [given]},
     "tokens that are no lists": {"header": lambda given: given | {"tokens": [1, 2, 3]}},
@@ -211,6 +211,14 @@ def test_a_saved_run_that_is_not_there_is_refused(tmp_path):
 def test_a_pickle_inside_is_never_loaded(saved):
     rewrite(saved, flips_P=np.array([object()], dtype=object))
     with pytest.raises(InputError, match=r"not a whole reference run \(Object arrays cannot be loaded"):
+        load_reference(saved, SHA, PROMPTS, NEW)
+
+
+def test_a_file_that_lists_fewer_trace_points_than_were_saved_is_refused(saved):
+    with np.load(saved) as file:
+        kept = {name: file[name] for name in file.files if not name.startswith("layers.1.self_attn.k_cache")}
+    np.savez(saved, **kept)
+    with pytest.raises(InputError, match="trace points"):
         load_reference(saved, SHA, PROMPTS, NEW)
 
 
