@@ -2,6 +2,7 @@
 
 from refengine.checkpoint import open_checkpoint
 from refengine.config import Config
+from refengine.conversation import Conversation
 from refengine.errors import InputError
 from refengine.generate import generate, teacher_forced
 from refengine.kvcache import KVCache
@@ -12,6 +13,7 @@ from refengine.weights import Weights
 __all__ = [
     "OPS",
     "Config",
+    "Conversation",
     "InputError",
     "KVCache",
     "Ops",

@@ -16,10 +16,11 @@ import numpy as np
 
 from refengine.errors import RequestError
 from refengine.generate import new_cache
-from refengine.kvcache import KVCache, Scheme
+from refengine.kvcache import KVCache
 from refengine.model import forward
 from refengine.ops import OPS, Ops
 from refengine.requests import Limits, check_request
+from refengine.scheme import Scheme
 from refengine.tokens import PADDING_ID, left_padded
 from refengine.weights import Weights
 

@@ -23,9 +23,9 @@ import numpy as np
 
 from refengine.config import Config
 from refengine.errors import InputError
-from refengine.kvcache import FLOAT32, Scheme
 from refengine.machine import Machine
 from refengine.ops import QUERY_BLOCK
+from refengine.scheme import FLOAT32, Scheme
 from refengine.weights import expected_shapes
 
 
@@ -263,18 +263,12 @@ def kept_slots(config: Config, tokens: int) -> int:
 
 
 def cache_nbytes(config: Config, batch_size: int, slots: int, scheme: Scheme) -> int:
-    """Bytes of a cache's keys and values, scales included: 2 x layers x rows x KV heads x slots x head_dim x bytes.
+    """Bytes of a cache's keys and values, scales included; capacity to spare is not counted.
 
-    The bytes are those of the scheme's own arrays for all the slots together, since a scale may belong to a group of
-    them. The arrays are not filled, so they take address space but no memory. Capacity to spare is not counted.
-
-    Raises InputError when the arrays of one row do not fit even the address space.
+    Without scales: 2 x layers x rows x KV heads x slots x head_dim x bytes. What a scheme keeps as it came is float32.
     """
-    try:
-        row = scheme.allocate((1, config.num_key_value_heads, slots, config.head_dim))
-    except (MemoryError, ValueError) as error:
-        raise InputError(f"sequence length: a cache of {slots} tokens is too large for this machine") from error
-    return 2 * config.num_hidden_layers * batch_size * sum(array.nbytes for array in row)
+    shape = slots, config.num_key_value_heads, config.head_dim
+    return config.num_hidden_layers * batch_size * (scheme.keys.nbytes(*shape) + scheme.values.nbytes(*shape))
 
 
 def weights_nbytes(config: Config, dtype: np.typing.DTypeLike = np.float32) -> int:

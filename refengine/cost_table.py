@@ -12,7 +12,7 @@ from refengine.config import Config
 from refengine.cost import Flops, GenerationCost, PassCost, generation_cost, kept_slots
 from refengine.errors import ConfigError, InputError
 from refengine.machine import Machine, measure_bandwidth, measure_flops
-from refengine.schemes import SCHEMES, scheme_named
+from refengine.quant import SCHEMES, scheme_named
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,12 +1,13 @@
-"""Greedy generation with and without a cache, and teacher-forced logits for tokens that are given."""
+"""Greedy generation with and without a cache, or on from one, and teacher-forced logits for tokens that are given."""
 
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from refengine.kvcache import NO_CACHE, Cache, Float, KVCache, Scheme
+from refengine.kvcache import NO_CACHE, Cache, KVCache
 from refengine.model import forward
 from refengine.ops import OPS, Ops
+from refengine.scheme import Scheme, stored_as
 from refengine.tokens import left_padded
 from refengine.trace import Trace, no_trace
 from refengine.weights import Weights
@@ -16,7 +17,7 @@ OnToken = Callable[[int, int], None]  # (row, token), called as each token is ch
 
 def new_cache(weights: Weights, batch_size: int, scheme: Scheme | None = None) -> KVCache:
     """An empty cache in the weights' dtype unless a scheme is given, holding no more than the model's window."""
-    return KVCache(weights.config, batch_size, scheme or Float(weights.dtype), weights.config.sliding_window)
+    return KVCache(weights.config, batch_size, scheme or stored_as(weights.dtype), weights.config.sliding_window)
 
 
 def generate(
@@ -37,10 +38,31 @@ def generate(
         scheme: how the cache is stored; the weights' dtype by default.
         on_token: called with (row, token) as each token is chosen.
     """
-    token_ids_BT, positions_BT = left_padded(prompts)
     kept = new_cache(weights, len(prompts), scheme) if cache else None
-    generated: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # those that have not ended, in the order of the batch
+    return decode(weights, *left_padded(prompts), max_new_tokens, kept, ops=ops, on_token=on_token)
+
+
+def decode(
+    weights: Weights,
+    token_ids_BT: np.ndarray,
+    positions_BT: np.ndarray,
+    max_new_tokens: int,
+    kept: KVCache | None,
+    *,
+    ops: Ops = OPS,
+    on_token: OnToken = lambda row, token: None,
+) -> list[list[int]]:
+    """The tokens that greedy decoding appends to each row of a batch; an end token is the last of its row.
+
+    Args:
+        token_ids_BT: of each row, what `kept` does not hold yet; the last column has no padding.
+        positions_BT: their positions, on from those in `kept`.
+        kept: the rows' tokens so far, perhaps none. As long as no row has ended, it is given all tokens but the newest
+            (with one row: all but the last that is returned). None feeds the whole sequence again at each step.
+        on_token: called with (row, token) as each token is chosen.
+    """
+    generated: list[list[int]] = [[] for _ in token_ids_BT]
+    rows = list(range(len(generated)))  # those that have not ended, in the order of the batch
     for _ in range(max_new_tokens):
         logits_BTV = forward(weights, token_ids_BT, positions_BT, kept or NO_CACHE, last=True, ops=ops)
         chosen_B = logits_BTV[:, -1].argmax(axis=-1)

@@ -4,15 +4,16 @@ Two independent values make a kind of cache: a `Scheme` says how vectors are sto
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from refengine.config import Config
 from refengine.errors import CacheError
-
-Stored = tuple[np.ndarray, ...]  # the arrays of one layer's keys or values: rows on axis 0, slots on axis 2
+from refengine.scheme import FLOAT32, Scheme
+from refengine.slots import Slots
+from refengine.stores import Store
+from refengine.views import Vectors
 
 
 class Cache(Protocol):
@@ -20,7 +21,7 @@ class Cache(Protocol):
 
     def update(
         self, layer: int, k_BKTH: np.ndarray, v_BKTH: np.ndarray, positions_BT: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[Vectors, Vectors, np.ndarray]:
         """Adds a layer's new tokens; returns `k_BKSH`, `v_BKSH`, `positions_BS` to attend to, these T included."""
 
 
@@ -37,41 +38,6 @@ class _NoCache:
 NO_CACHE = _NoCache()
 
 
-class Scheme(Protocol):
-    """How the vectors of keys or values are stored."""
-
-    def allocate(self, shape_BKSH: tuple[int, int, int, int]) -> Stored:
-        """Uninitialised arrays for so many slots; each has rows on axis 0 and slots on axis 2."""
-
-    def write(self, stored: Stored, slots: slice, x_BKTH: np.ndarray) -> None:
-        """Stores vectors in place."""
-
-    def read(self, stored: Stored, slots: slice, dtype: np.dtype) -> np.ndarray:
-        """`x_BKSH` in `dtype`: a view where that is how it is stored."""
-
-
-@dataclass(frozen=True)
-class Float:
-    """Vectors stored as they are, rounded to `dtype`: float32, float64, float16 or bfloat16."""
-
-    dtype: np.typing.DTypeLike = np.float32
-
-    def allocate(self, shape_BKSH: tuple[int, int, int, int]) -> Stored:
-        """One array of the shape asked for."""
-        return (np.empty(shape_BKSH, self.dtype),)
-
-    def write(self, stored: Stored, slots: slice, x_BKTH: np.ndarray) -> None:
-        """Rounds to the stored dtype."""
-        stored[0][:, :, slots] = x_BKTH
-
-    def read(self, stored: Stored, slots: slice, dtype: np.dtype) -> np.ndarray:
-        """A view when `dtype` is the stored one, else a cast copy."""
-        return stored[0][:, :, slots].astype(dtype, copy=False)
-
-
-FLOAT32 = Float(np.float32)
-
-
 class KVCache:
     """Keys (after rotation) and values of every layer, for a batch of rows, with the position of each slot.
 
@@ -83,44 +49,47 @@ class KVCache:
         batch_size: number of rows B.
         scheme: how vectors are stored.
         window: drop slots that no row will see again through a sliding window of this size; None keeps everything.
+
+    Raises:
+        InputError: the scheme cannot store vectors of this head size.
     """
 
     def __init__(self, config: Config, batch_size: int, scheme: Scheme = FLOAT32, window: int | None = None):
         self.config = config
         self.scheme = scheme
         self.window = window
-        self._start = self._end = 0  # the slots in use; those before _start are dropped
         self._has_dropped = False  # then earlier states cannot be restored
         self._awaited: set[int] = set()  # layers that still have to bring the tokens of this pass
         self._newest_BT = np.empty((batch_size, 0), np.int64)  # positions of this pass
-        self._positions_BC = np.empty((batch_size, 0), np.int64)
-        self._keys = [self._allocate(0) for _ in range(config.num_hidden_layers)]
-        self._values = [self._allocate(0) for _ in range(config.num_hidden_layers)]
+        self._first_pass = False  # this pass found the cache empty
+        self._positions = Slots((np.empty((batch_size, 1, 0), np.int64),))
+        shape = batch_size, config.num_key_value_heads, config.head_dim
+        self._keys = [scheme.keys.store(layer, *shape) for layer in range(config.num_hidden_layers)]
+        self._values = [scheme.values.store(layer, *shape) for layer in range(config.num_hidden_layers)]
 
     @property
     def batch_size(self) -> int:
         """Rows."""
-        return self._positions_BC.shape[0]
+        return self.positions_BS.shape[0]
 
     @property
     def length(self) -> int:
         """Slots held, the same for every row (padding counts)."""
-        return self._end - self._start
+        return len(self._positions)
 
     @property
     def positions_BS(self) -> np.ndarray:
         """The position in each held slot; -1 where a row has no token there."""
-        return self._positions_BC[:, self._start : self._end]
+        return self._positions.held[0][:, 0]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the held keys and values as they are stored, scales included; spare capacity is not counted."""
-        held = slice(self._start, self._end)
-        return sum(array[:, :, held].nbytes for stored in self._keys + self._values for array in stored)
+        return sum(store.nbytes for store in self._keys + self._values)
 
     def update(
         self, layer: int, k_BKTH: np.ndarray, v_BKTH: np.ndarray, positions_BT: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[Vectors, Vectors, np.ndarray]:
         """Adds one layer's new tokens and returns all that layer holds, in slot order.
 
         Returns:
@@ -128,7 +97,8 @@ class KVCache:
             valid until the next pass.
 
         Raises:
-            CacheError: rows or heads do not fit, or a layer comes twice in one pass.
+            CacheError: rows or heads do not fit, a layer comes twice in one pass, or a value that the scheme has no
+                code for.
         """
         expected = (
             self.batch_size,
@@ -149,22 +119,28 @@ class KVCache:
             raise CacheError(f"cache: layer {layer} came twice before layers {sorted(self._awaited)} came once")
         elif positions_BT is not self._newest_BT and not np.array_equal(positions_BT, self._newest_BT):
             raise CacheError(f"cache: layer {layer} brings other positions than the layers before it in this pass")
-        new, held = slice(self._end - positions_BT.shape[1], self._end), slice(self._start, self._end)
         positions_BS = self.positions_BS
-        self.scheme.write(self._keys[layer], new, k_BKTH)
-        self.scheme.write(self._values[layer], new, v_BKTH)
-        k_BKSH = self.scheme.read(self._keys[layer], held, k_BKTH.dtype)
-        v_BKSH = self.scheme.read(self._values[layer], held, v_BKTH.dtype)
+        k_BKSH, v_BKSH = (
+            self._add(store, x_BKTH) for store, x_BKTH in ((self._keys[layer], k_BKTH), (self._values[layer], v_BKTH))
+        )
         self._awaited.remove(layer)
         if not self._awaited:
             self._drop_unseen()
         return k_BKSH, v_BKSH, positions_BS
 
+    def _add(self, store: Store, x_BKTH: np.ndarray) -> Vectors:
+        """Stores new vectors; returns what attention reads."""
+        store.append(x_BKTH, self._newest_BT >= 0)
+        as_they_came = self.scheme.first_pass_raw and self._first_pass
+        x_BKSH = x_BKTH if as_they_came else store.read(x_BKTH.dtype)
+        store.settle()
+        return x_BKSH
+
     def read(self, layer: int, dtype: np.typing.DTypeLike) -> tuple[np.ndarray, np.ndarray]:
         """`k_BKSH` and `v_BKSH` that one layer holds, in `dtype`, in the order of `positions_BS`; nothing is added."""
-        held = slice(self._start, self._end)
-        k_BKSH = self.scheme.read(self._keys[layer], held, np.dtype(dtype))
-        return k_BKSH, self.scheme.read(self._values[layer], held, np.dtype(dtype))
+        stores = self._keys[layer], self._values[layer]
+        k_BKSH, v_BKSH = (np.asarray(store.read(np.dtype(dtype))) for store in stores)
+        return k_BKSH, v_BKSH
 
     def crop(self, length: int) -> None:
         """Forgets the newest slots so that `length` are left.
@@ -175,15 +151,16 @@ class KVCache:
         if not 0 <= length <= self.length or (self._has_dropped and length < self.length):
             why = "its window has dropped the tokens before" if self._has_dropped else f"it holds {self.length}"
             raise CacheError(f"cache: cannot crop to {length} tokens: {why}")
-        self._end = self._start + length
+        self._positions.crop(length)
+        for store in self._keys + self._values:
+            store.crop(length)
 
     def select(self, rows: Sequence[int] | np.ndarray) -> "KVCache":
         """A cache of these rows, in this order (a row may come twice); slots that none of them uses are left out."""
         rows_R = np.asarray(rows, dtype=np.intp)
         if rows_R.ndim != 1 or (rows_R.size and not (rows_R.min() >= 0 and rows_R.max() < self.batch_size)):
             raise CacheError(f"cache: expected rows from 0 to {self.batch_size - 1}, found {rows_R.tolist()}")
-        used = self._start + np.flatnonzero((self.positions_BS[rows_R] >= 0).any(axis=0))
-        return self._copied(rows_R, used, before=0)
+        return self._taken(rows_R, np.flatnonzero((self.positions_BS[rows_R] >= 0).any(axis=0)))
 
     def merge(self, other: "KVCache") -> "KVCache":
         """A cache with the rows of both, this one's first; the shorter one is padded in front with empty slots."""
@@ -191,14 +168,12 @@ class KVCache:
             raise CacheError("cache: expected caches of one model, scheme and window to merge, found two kinds")
         length = max(self.length, other.length)
         mine, theirs = (
-            cache._copied(
-                np.arange(cache.batch_size), np.arange(cache._start, cache._end), before=length - cache.length
-            )
+            cache._taken(np.arange(cache.batch_size), np.arange(cache.length), before=length - cache.length)
             for cache in (self, other)
         )
-        mine._positions_BC = np.concatenate([mine._positions_BC, theirs._positions_BC])
-        mine._keys = [_stack(a, b) for a, b in zip(mine._keys, theirs._keys, strict=True)]
-        mine._values = [_stack(a, b) for a, b in zip(mine._values, theirs._values, strict=True)]
+        mine._positions = mine._positions.stacked(theirs._positions)
+        mine._keys = [one.stacked(two) for one, two in zip(mine._keys, theirs._keys, strict=True)]
+        mine._values = [one.stacked(two) for one, two in zip(mine._values, theirs._values, strict=True)]
         mine._has_dropped |= theirs._has_dropped
         return mine
 
@@ -208,68 +183,37 @@ class KVCache:
                 f"cache: a pass was broken off before layers {sorted(self._awaited)} came; it cannot be used"
             )
 
-    def _allocate(self, capacity: int) -> Stored:
-        return self.scheme.allocate((self.batch_size, self.config.num_key_value_heads, capacity, self.config.head_dim))
-
     def _begin(self, positions_BT: np.ndarray) -> None:
-        """Makes room for the new tokens of every layer, and notes their positions."""
+        """Notes the positions of the new tokens, for every layer."""
         if positions_BT.shape[0] != self.batch_size:
             raise CacheError(f"cache: expected {self.batch_size} rows, found {positions_BT.shape[0]}")
-        self._make_room(positions_BT.shape[1])
-        self._positions_BC[:, self._end : self._end + positions_BT.shape[1]] = positions_BT
-        self._end += positions_BT.shape[1]
+        self._first_pass = not self.length
+        self._positions.append((positions_BT[:, None],))
         self._newest_BT = positions_BT
         self._awaited = set(range(self.config.num_hidden_layers))
 
-    def _make_room(self, tokens: int) -> None:
-        if self._end + tokens <= self._positions_BC.shape[1]:
-            return
-        # A window moves on through its buffer: twice its size makes the move to the front rare.
-        wanted = self.length + tokens if self.window is None else 2 * (self.length + tokens)
-        self._move_to(_power_of_two(wanted))
-
-    def _move_to(self, capacity: int) -> None:
-        """Moves what is held to the front of new arrays of `capacity` slots."""
-        moved = self._copied(np.arange(self.batch_size), np.arange(self._start, self._end), before=0, capacity=capacity)
-        self._positions_BC, self._keys, self._values = moved._positions_BC, moved._keys, moved._values
-        self._start, self._end = moved._start, moved._end
-
     def _drop_unseen(self) -> None:
-        """After a pass: forgets leading slots that no later token can see, and gives back memory they needed."""
+        """After a pass: forgets leading slots that no later token can see."""
         if self.window is None:
             return
         # The next token is at least one further on, and sees ages below the window.
         oldest_seen_B = self.positions_BS.max(axis=1) + 2 - self.window
         still_seen_BS = (self.positions_BS >= 0) & (self.positions_BS >= oldest_seen_B[:, None])
         dropped = int(np.argmax(np.append(still_seen_BS.any(axis=0), True)))
-        self._start += dropped
-        self._has_dropped |= dropped > 0
-        if self._positions_BC.shape[1] > 8 * max(self.length, 1):
-            self._move_to(_power_of_two(2 * self.length))
+        if dropped:
+            self._has_dropped = True
+            self._positions.drop(dropped)
+            for store in self._keys + self._values:
+                store.drop(dropped)
 
-    def _copied(self, rows_R: np.ndarray, slots_S: np.ndarray, before: int, capacity: int = 0) -> "KVCache":
+    def _taken(self, rows_R: np.ndarray, slots_S: np.ndarray, before: int = 0) -> "KVCache":
         """These rows and slots in a cache of their own, behind `before` empty slots."""
         self._check_whole()
-        copy = KVCache(self.config, len(rows_R), self.scheme, self.window)
-        copy._end, copy._has_dropped = before + len(slots_S), self._has_dropped
-        capacity = max(capacity, copy._end)
-        copy._positions_BC = np.full((len(rows_R), capacity), -1, np.int64)
-        copy._positions_BC[:, before : copy._end] = self._positions_BC[np.ix_(rows_R, slots_S)]
-        copy._keys = [copy._taken(stored, rows_R, slots_S, before, capacity) for stored in self._keys]
-        copy._values = [copy._taken(stored, rows_R, slots_S, before, capacity) for stored in self._values]
-        return copy
-
-    def _taken(self, stored: Stored, rows_R: np.ndarray, slots_S: np.ndarray, before: int, capacity: int) -> Stored:
-        taken = self._allocate(capacity)
-        for into, source in zip(taken, stored, strict=True):
-            into[:, :, :before] = 0  # a masked value is multiplied by zero, so it has to be finite
-            into[:, :, before : before + len(slots_S)] = source[rows_R[:, None], :, slots_S[None, :]].swapaxes(1, 2)
+        taken = KVCache(self.config, 0, self.scheme, self.window)
+        taken._has_dropped = self._has_dropped
+        positions_B1S = np.full((len(rows_R), 1, before + len(slots_S)), -1)
+        positions_B1S[:, 0, before:] = self.positions_BS[np.ix_(rows_R, slots_S)]
+        taken._positions = Slots((positions_B1S,))
+        taken._keys = [store.taken(rows_R, slots_S, before) for store in self._keys]
+        taken._values = [store.taken(rows_R, slots_S, before) for store in self._values]
         return taken
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << max(least - 1, 0).bit_length()
-
-
-def _stack(first: Stored, second: Stored) -> Stored:
-    return tuple(np.concatenate(pair) for pair in zip(first, second, strict=True))

@@ -17,11 +17,13 @@ import numpy as np
 
 from refengine.config import Config
 from refengine.errors import CacheError, InputError
-from refengine.kvcache import Float, KVCache
+from refengine.kvcache import KVCache
 from refengine.model import block
 from refengine.ops import OPS, Ops
+from refengine.scheme import stored_as
 from refengine.tokens import check_tokens
 from refengine.trace import no_trace
+from refengine.views import Vectors
 from refengine.weights import Weights
 
 
@@ -62,7 +64,7 @@ class PartialCache:
             KVCache(
                 replace(config, num_hidden_layers=1, num_key_value_heads=len(heads)),
                 batch_size,
-                Float(dtype),
+                stored_as(dtype),
                 None if layer < self.layers_fed_again else config.sliding_window,
             )
             for layer, heads in enumerate(self.kept_heads)
@@ -96,7 +98,7 @@ class PartialCache:
 
     def update(
         self, layer: int, k_BKTH: np.ndarray, v_BKTH: np.ndarray, positions_BT: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[Vectors, Vectors, np.ndarray]:
         """Adds the new tokens of the kept heads; returns what to attend to, past tokens of these heads from the cache.
 
         Args:

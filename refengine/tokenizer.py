@@ -1,7 +1,7 @@
 """Text to token ids and back: the tokenizer of a checkpoint directory, or the one inside a GGUF file."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 SPECIAL_TOKENS: Mapping[str, str] = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+Message = dict[str, str]  # of a conversation: its "role" (system, user or assistant) and its "content"
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerBase":
@@ -49,10 +51,36 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool) -
     """
     if not text:
         raise TokensError("prompt: expected some text, found an empty one")
-    ids = _encode_chat(tokenizer, text) if chat else tokenizer(text, verbose=False)["input_ids"]
+    user = {"role": "user", "content": text}
+    ids: list[int] = encode_chat(tokenizer, [user]) if chat else tokenizer(text, verbose=False)["input_ids"]
     if not ids:
         raise TokensError(f"prompt: expected text that becomes at least one token, found {text!r}")
-    return [int(token) for token in ids]
+    return ids
+
+
+def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation through the model's chat template, ready for the assistant's answer.
+
+    Raises:
+        InputError: the model has no chat template, or one that does not render these messages.
+        MissingPackage: the chat template needs a package that is not installed.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("this model has no chat template; give the prompt as plain text")
+    try:
+        from jinja2 import TemplateError
+    except ImportError as error:
+        raise MissingPackage("a chat template needs the jinja2 package; install the tokenizer extra") from error
+
+    try:
+        rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise InputError(
+            f"the model's chat template cannot be used ({one_line(error)}); give the prompt as plain text"
+        ) from error
+    # The template has written the special tokens already.
+    ids: list[int] = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def _from_directory(path: Path) -> "PreTrainedTokenizerBase":
@@ -83,25 +111,6 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerBase":
             clean_up_tokenization_spaces=False,
         )
     return tokenizer
-
-
-def _encode_chat(tokenizer: "PreTrainedTokenizerBase", text: str) -> Any:
-    if not tokenizer.chat_template:
-        raise InputError("this model has no chat template; give the prompt as plain text")
-    try:
-        from jinja2 import TemplateError
-    except ImportError as error:
-        raise MissingPackage("a chat template needs the jinja2 package; install the tokenizer extra") from error
-
-    messages = [{"role": "user", "content": text}]
-    try:
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, ValueError, TypeError) as error:
-        raise InputError(
-            f"the model's chat template cannot be used ({one_line(error)}); give the prompt as plain text"
-        ) from error
-    # The template has written the special tokens already.
-    return tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _transformers(path: Path) -> Any:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from refengine.errors import InputError
+from refengine.views import Vectors
 
-Trace = Callable[[str, np.ndarray], None]
+Trace = Callable[[str, Vectors], None]
 
 # Value of one layer -> its axes. In a trace it stands as "layers.3.self_attn.q_proj".
 LAYER_POINTS: Mapping[str, str] = {
@@ -37,7 +38,7 @@ def trace_points(num_hidden_layers: int) -> dict[str, str]:
     return {"embed_tokens": MODEL_POINTS["embed_tokens"], **layers, "norm": "BTD", "lm_head": "BTV"}
 
 
-def no_trace(name: str, array: np.ndarray) -> None:
+def no_trace(name: str, array: Vectors) -> None:
     """Looks at nothing."""
 
 
@@ -52,9 +53,9 @@ class Recorder:
         self.points = points
         self.arrays: dict[str, np.ndarray] = {}
 
-    def __call__(self, name: str, array: np.ndarray) -> None:
+    def __call__(self, name: str, array: Vectors) -> None:
         if self.points is None or name in self.points:
-            self.arrays[name] = array.copy()  # the engine reuses and overwrites its buffers
+            self.arrays[name] = np.array(array)  # the engine reuses and overwrites its buffers
 
     def check(self, num_hidden_layers: int) -> "Recorder":
         """This recorder, if the model has every point it asks for; otherwise raises InputError."""

@@ -12,7 +12,8 @@ import numpy as np
 from refengine.checkpoint import Checkpoint
 from refengine.errors import InputError
 from refengine.generate import generate, teacher_forced
-from refengine.kvcache import Float, KVCache
+from refengine.kvcache import KVCache
+from refengine.scheme import stored_as
 from refengine.ops import OPS, Ops
 from refengine.tokens import left_padded
 from refengine.weights import Weights
@@ -133,7 +134,7 @@ def _pass(weights: Weights, prompts: Rows, tokens: Rows, ops: Ops = OPS) -> tupl
     )
     there_BT = positions_BT >= 0
     place_BT = there_BT.cumsum().reshape(there_BT.shape) - 1
-    cache = KVCache(weights.config, len(token_ids_BT), Float(weights.dtype))
+    cache = KVCache(weights.config, len(token_ids_BT), stored_as(weights.dtype))
     logits_PV = np.empty((np.count_nonzero(there_BT), weights.config.vocab_size), weights.dtype)
     chunk = max(1, TOKENS_A_PASS // len(token_ids_BT))
     for columns, logits_BTV in teacher_forced(weights, token_ids_BT, positions_BT, cache, chunk=chunk, ops=ops):

@@ -1,6 +1,5 @@
-"""Arrays that count the operations done on them; cache schemes that count bytes, or that the engine does not know."""
+"""Arrays that count the operations done on them, and a codec that counts bytes."""
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -8,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from refengine.kvcache import Scheme, Stored
+from refengine.codecs.codec import Codec
 from refengine.ops import OPS, Ops
+from refengine.slots import Arrays
+from refengine.views import Vectors
 from refengine.weights import Layer, Linear, Weights
 
 PRODUCTS = (np.matmul, np.vecdot)
@@ -99,43 +100,26 @@ def _noted(name: str, operator: Callable[..., Any], names: dict[int, str], tally
 
 
 @dataclass(frozen=True)
-class PerToken:
-    """Codes of a byte with a scale for each vector: a scheme that nobody has told the formulas about."""
+class Weighed(Codec):
+    """A codec that notes how many bytes are read and written."""
 
-    def allocate(self, shape_BKSH: tuple[int, int, int, int]) -> Stored:
-        return np.empty(shape_BKSH, np.int8), np.empty((*shape_BKSH[:3], 1), np.float16)
-
-    def write(self, stored: Stored, slots: slice, x_BKTH: np.ndarray) -> None:
-        scale_BKT1 = np.abs(x_BKTH).max(axis=-1, keepdims=True) / 127
-        stored[0][:, :, slots], stored[1][:, :, slots] = np.rint(x_BKTH / scale_BKT1), scale_BKT1
-
-    def read(self, stored: Stored, slots: slice, dtype: np.dtype) -> np.ndarray:
-        return stored[0][:, :, slots] * stored[1][:, :, slots].astype(dtype)
-
-
-@dataclass(frozen=True)
-class PerChannel(PerToken):
-    """Nibbles with a scale for each channel of 16 consecutive tokens; only its arrays matter here."""
-
-    def allocate(self, shape_BKSH: tuple[int, int, int, int]) -> Stored:
-        B, K, S, H = shape_BKSH
-        return np.empty((B, K, S, H // 2), np.uint8), np.empty((B, K, math.ceil(S / 16), H), np.float32)
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """A scheme that notes how many bytes it reads and writes."""
-
-    inner: Scheme
+    inner: Codec
     moved: Counter[str] = field(default_factory=Counter, compare=False)
 
-    def allocate(self, shape_BKSH: tuple[int, int, int, int]) -> Stored:
-        return self.inner.allocate(shape_BKSH)
+    def empty(self, rows: int, heads: int, head_dim: int) -> Arrays:
+        return self.inner.empty(rows, heads, head_dim)
 
-    def write(self, stored: Stored, slots: slice, x_BKTH: np.ndarray) -> None:
-        self.moved["written"] += sum(array[:, :, slots].nbytes for array in stored)
-        self.inner.write(stored, slots, x_BKTH)
+    def encode(self, x_BKTH: np.ndarray) -> Arrays:
+        arrays = self.inner.encode(x_BKTH)
+        self.moved["written"] += sum(array.nbytes for array in arrays)
+        return arrays
 
-    def read(self, stored: Stored, slots: slice, dtype: np.dtype) -> np.ndarray:
-        self.moved["read"] += sum(array[:, :, slots].nbytes for array in stored)
-        return self.inner.read(stored, slots, dtype)
+    def decode(self, arrays: Arrays, dtype: np.dtype) -> np.ndarray:
+        return self.inner.decode(arrays, dtype)
+
+    def nbytes(self, tokens: int, head_dim: int) -> int:
+        return self.inner.nbytes(tokens, head_dim)
+
+    def view(self, arrays: Arrays, tokens: int, head_dim: int, dtype: np.dtype) -> Vectors:
+        self.moved["read"] += sum(array.nbytes for array in arrays)
+        return self.inner.view(arrays, tokens, head_dim, dtype)

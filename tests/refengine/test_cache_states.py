@@ -1,7 +1,6 @@
 """A cache in any state that its verbs can bring about still gives each row the logits that it has alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -16,8 +15,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from refengine.kvcache import Float, KVCache
+from refengine.kvcache import KVCache
 from refengine.model import forward
+from refengine.scheme import stored_as
 from refengine.weights import Weights
 from tests.refengine.strategies import (
     BOUND,
@@ -28,15 +28,6 @@ from tests.refengine.strategies import (
     prompts,
     relative_error,
 )
-
-
-@dataclass(frozen=True)
-class Unwritten(Float):
-    """Stores like any other, but shows what is read before it was written."""
-
-    def allocate(self, shape_BKSH: tuple[int, int, int, int]) -> tuple[np.ndarray, ...]:
-        """Not-a-numbers."""
-        return (np.full(shape_BKSH, np.nan, self.dtype),)
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -97,7 +88,7 @@ class CacheMachine(RuleBasedStateMachine):
     ) -> KVCache:
         """A pass of these columns, shorter rows padded in front: checks its logits, notes them in `slots`."""
         if kept is None:
-            kept = KVCache(self.weights.config, len(new), Unwritten(np.float64), self.window)
+            kept = KVCache(self.weights.config, len(new), stored_as(np.float64), self.window)
         width = max(map(len, new))
         before = [[token for token in row if token is not None] for row in slots]
         for row, tokens in zip(slots, new, strict=True):

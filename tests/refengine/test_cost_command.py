@@ -15,9 +15,9 @@ from refengine.config import Config
 from refengine.cost import generation_cost
 from refengine.cost_table import in_units
 from refengine.errors import InputError
-from refengine.kvcache import Float
 from refengine.machine import Machine, measure_machine
-from refengine.schemes import SCHEMES, scheme_named
+from refengine.quant import SCHEMES, scheme_named
+from refengine.scheme import stored_as
 from tests.checkpoints import TINY, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,8 @@ def test_every_scheme_has_its_bytes_and_its_time(checkpoint, capsys):
     text = shown(capsys, checkpoint, "--batch-size", 3, "--sequence-length", 100, *GIVEN)
     for name, scheme in SCHEMES.items():
         cost = generation_cost(CONFIG, 3, 100, scheme)
-        step, ratio = cost.decode_cached, np.dtype(name).itemsize / 4
+        step = cost.decode_cached
+        ratio = cost.cache_nbytes / generation_cost(CONFIG, 3, 100).cache_nbytes
         values = [cost.cache_nbytes, ratio, step.nbytes.cache_read, step.seconds(MACHINE), 3 / step.seconds(MACHINE)]
         assert figures(text, name) == pytest.approx(values, rel=0.006), name
 
@@ -169,7 +170,7 @@ def test_a_model_that_cannot_be_read_is_refused_in_one_line_that_says_where(tmp_
 
 def test_schemes_are_found_by_name_and_another_name_is_refused_with_the_list() -> None:
     assert all(scheme_named(name) is SCHEMES[name] for name in SCHEMES)
-    assert scheme_named("float16") == Float(np.float16)
+    assert scheme_named("float16") == stored_as(np.float16)
     with pytest.raises(InputError) as refused:
         scheme_named("int3")
     assert all(word in str(refused.value) for word in (*SCHEMES, "'int3'"))

@@ -10,7 +10,8 @@ from ml_dtypes import bfloat16
 
 from refengine.config import Config
 from refengine.errors import CacheError
-from refengine.kvcache import NO_CACHE, Float, KVCache
+from refengine.kvcache import NO_CACHE, KVCache
+from refengine.scheme import stored_as
 from tests.checkpoints import TINY
 
 CONFIG = Config.from_dict(TINY)
@@ -44,7 +45,7 @@ def feed(cache: KVCache, positions_BT: np.ndarray, seed: int = 0) -> list[tuple[
 def test_nbytes_is_two_times_layers_rows_kv_heads_length_head_dim_and_itemsize(
     rows: int, passes: list[int], dtype: np.typing.DTypeLike, window: int | None
 ) -> None:
-    cache, fed = KVCache(CONFIG, rows, Float(dtype), window), 0
+    cache, fed = KVCache(CONFIG, rows, stored_as(dtype), window), 0
     for tokens in passes:
         feed(cache, positions(rows, fed, tokens))
         fed += tokens
@@ -58,7 +59,7 @@ def test_nbytes_is_two_times_layers_rows_kv_heads_length_head_dim_and_itemsize(
 def test_what_is_read_has_the_dtype_of_what_was_written_and_the_values_of_what_is_stored(
     stored: np.typing.DTypeLike, asked: np.typing.DTypeLike
 ) -> None:
-    cache = KVCache(CONFIG, 3, Float(stored))
+    cache = KVCache(CONFIG, 3, stored_as(stored))
     k, v = vectors(3, 4, 1, asked), vectors(3, 4, 2, asked)
     k_BKSH, v_BKSH, positions_BS = cache.update(0, k, v, positions(3, 0, 4))
     assert (k_BKSH.dtype, v_BKSH.dtype) == (asked, asked)
@@ -265,7 +266,7 @@ def test_selecting_rows_that_are_not_there_is_refused(rows: list[int]) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        KVCache(CONFIG, 1, Float(np.float64)),
+        KVCache(CONFIG, 1, stored_as(np.float64)),
         KVCache(CONFIG, 1, window=4),
         KVCache(replace(CONFIG, num_hidden_layers=LAYERS + 1), 1),
     ],

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from refengine.errors import CacheError, InputError, TokensError
 from refengine.generate import new_cache
-from refengine.kvcache import Float, KVCache
+from refengine.kvcache import KVCache
 from refengine.model import forward
 from refengine.ops import Ops, rms_norm
 from refengine.partial_cache import PartialCache, forward_partly_cached, whole_layers
+from refengine.scheme import stored_as
 from refengine.weights import Weights
 from tests.refengine.rewrites import Run, chooses_as_without_a_cache, is_noise, runs, trained_run, weights_of
 from tests.refengine.strategies import BOUND, relative_error
@@ -72,7 +73,7 @@ def test_its_bytes_are_the_chosen_share_of_a_whole_caches(run: Run, data: st.Dat
     cache, config = data.draw(partial_caches(run)), run.weights.config
     K = config.num_key_value_heads
     # Layers that are fed the whole sequence need all of it; those above may drop what their window hides.
-    everything = KVCache(config, len(run.rows), Float(np.float64))
+    everything = KVCache(config, len(run.rows), stored_as(np.float64))
     windowed = new_cache(run.weights, len(run.rows))
     heads_below = sum(len(heads) for heads in cache.kept_heads[: cache.layers_fed_again])
     layers_above = config.num_hidden_layers - cache.layers_fed_again

@@ -14,9 +14,10 @@ from ml_dtypes import bfloat16
 
 from refengine import weights as weights_module
 from refengine.generate import generate, new_cache, teacher_forced
-from refengine.kvcache import Float, KVCache
+from refengine.kvcache import KVCache
 from refengine.model import forward
 from refengine.ops import OPS, Ops
+from refengine.scheme import stored_as
 from refengine.tokens import left_padded
 from refengine.trace import Recorder, trace_points
 from refengine.weights import Weights
@@ -76,7 +77,7 @@ def test_any_chunks_through_a_cache_give_the_logits_of_each_row_alone(
     model: Weights, window: int | None, rows: Prompts, data: st.DataObject
 ) -> None:
     token_ids_BT, positions_BT = data.draw(placed(rows))
-    kept = KVCache(model.config, len(rows), Float(np.float64), window)
+    kept = KVCache(model.config, len(rows), stored_as(np.float64), window)
     pieces = [
         forward(model, token_ids_BT[:, columns], positions_BT[:, columns], kept)
         for columns in data.draw(chunks(positions_BT.shape[1]))
