@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from refengine.codecs.codec import Codec
+from refengine.codecs.codec import Codec, check_finite
 from refengine.slots import Slots
 from refengine.views import Vectors, joined
 
@@ -168,6 +168,7 @@ class HistoryStore:
         self._there.append((there_BT[:, None],))
         for b, row in enumerate(self._rows):
             if there_BT[b].any():
+                check_finite(x_BKTH[b, :, there_BT[b]])
                 row.append(x_BKTH[b : b + 1, :, there_BT[b]])
 
     def read(self, dtype: np.dtype) -> Vectors:

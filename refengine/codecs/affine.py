@@ -55,15 +55,16 @@ class Affine(Codec):
             raise InputError(f"KV cache: expected a group size that divides head_dim {head_dim}, found {group}")
         if self.bits == 4 and head_dim % 2:
             raise InputError(f"KV cache: expected an even head_dim to pack 4-bit codes two a byte, found {head_dim}")
-        check = self.encode(np.zeros((rows, heads, self.tokens, head_dim), np.float32))
-        return tuple(array[:, :, :0] for array in check)
+        one_slot = self.encode(np.zeros((rows, heads, self.tokens, head_dim), np.float32))
+        return tuple(array[:, :, :0] for array in one_slot)
 
     def encode(self, x_BKTH: np.ndarray) -> Arrays:
         """Codes, scales, and zeros if there are any."""
         check_finite(x_BKTH)
         x_BKTH = x_BKTH.astype(np.float32, copy=False)
         if self.tokens == 1:
-            groups = x_BKTH.reshape(*x_BKTH.shape[:3], -1, self.group_size or x_BKTH.shape[3])
+            group = self.group_size or x_BKTH.shape[3]
+            groups = x_BKTH.reshape(*x_BKTH.shape[:3], x_BKTH.shape[3] // group, group)
             codes, *params = self.fit(groups, 2**self.bits - 1)
             return (self._stored(codes.reshape(x_BKTH.shape)), *params)
         whole = x_BKTH.shape[2] // self.tokens * self.tokens
@@ -75,7 +76,7 @@ class Affine(Codec):
     def _by_channel(self, x_BKTH: np.ndarray, tokens: int) -> Arrays:
         """Groups of so many tokens, each in a slot that has room for `self.tokens`."""
         B, K, _, H = x_BKTH.shape
-        x_BKMTH = x_BKTH.reshape(B, K, -1, tokens, H)
+        x_BKMTH = x_BKTH.reshape(B, K, x_BKTH.shape[2] // tokens, tokens, H)
         codes_BKMHT, *params = self.fit(np.ascontiguousarray(x_BKMTH.swapaxes(-1, -2)), 2**self.bits - 1)
         codes_BKMTH = np.zeros((*x_BKMTH.shape[:3], self.tokens, H), codes_BKMHT.dtype)
         codes_BKMTH[..., :tokens, :] = codes_BKMHT.swapaxes(-1, -2)
