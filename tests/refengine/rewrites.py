@@ -104,9 +104,12 @@ def trained_run(seed: int) -> Run:
     )
 
 
-def is_noise(run: Run, logits_BTV: np.ndarray) -> bool:
-    """Whether float32 logits of the trained model are as near to float64's as an honest order of sums is."""
-    there_BT = run.positions_BT >= 0
+def is_noise(run: Run, logits_BTV: np.ndarray, judged_BT: np.ndarray | None = None) -> bool:
+    """Whether float32 logits of the trained model are as near to float64's as an honest order of sums is.
+
+    Where `judged` is not given, at every token that is there.
+    """
+    there_BT = run.positions_BT >= 0 if judged_BT is None else judged_BT
     given = run.token_ids_BT, run.positions_BT
     reference64_PV = forward(trained(np.float64), *given)[there_BT]
     orders = orders_for(len(reference64_PV)).values()

@@ -15,6 +15,7 @@ from refengine.generate import generate, new_cache
 from refengine.model import forward
 from refengine.ops import OPS, Ops, attend
 from refengine.tokens import left_padded
+from tests.refengine.rewrites import is_noise, trained_run
 from tests.refengine.strategies import (
     BOUND,
     Prompts,
@@ -62,6 +63,21 @@ def test_a_model_that_attends_in_blocks_gives_the_logits_of_each_row_alone(model
 @given(rows=prompts)
 def test_it_generates_the_same_tokens(model, rows: Prompts):
     assert generate(model, rows, 6, ops=BLOCKWISE) == generate(model, rows, 6, cache=False)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("blocks", [(7, 5), (128, 256)])
+def test_the_trained_model_in_float32_differs_by_no_more_than_noise(seed: int, blocks: tuple[int, int]) -> None:
+    run, ops = trained_run(seed), Ops(attend=partial(attend_blockwise, query_block=blocks[0], key_block=blocks[1]))
+    cache = new_cache(run.weights, len(run.rows))
+    logits_BTV = run.fed(lambda ids, positions: forward(run.weights, ids, positions, cache, ops=ops))
+    assert is_noise(run, logits_BTV)
+    assert not is_noise(run, forward(run.weights, run.token_ids_BT, run.positions_BT, ops=Ops(attend=_too_wide)))
+
+
+def _too_wide(*given: np.ndarray | None) -> np.ndarray:
+    """Attention that forgets what is more than five tokens ago."""
+    return attend_blockwise(*given[:-1], window=5)
 
 
 def blocks_computed(monkeypatch: pytest.MonkeyPatch, window: int | None) -> int:
