@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from refengine.cost import Flops, GenerationCost, PassCost, generation_cost, kep
 from refengine.errors import ConfigError, InputError
 from refengine.machine import Machine, measure_bandwidth, measure_flops
 from refengine.quant import SCHEMES, scheme_named
+from refengine.scheme import Scheme, check_scheme
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,9 +60,9 @@ def _cost(options: argparse.Namespace) -> int:
     length = min(SEQUENCE_LENGTH, config.max_position_embeddings)
     if options.sequence_length is not None:
         length = _whole("--sequence-length", options.sequence_length)
-    scheme_named(options.kv_cache)
     bandwidth, flops = _rate("--bandwidth", options.bandwidth), _rate("--flops", options.flops)
-    costs = {name: generation_cost(config, batch_size, length, scheme) for name, scheme in SCHEMES.items()}
+    check_scheme(config, scheme_named(options.kv_cache))
+    costs = {name: generation_cost(config, batch_size, length, scheme) for name, scheme in _storable(config).items()}
     machine = Machine(bandwidth or measure_bandwidth(), flops or measure_flops())
     measured = [name for name, given in (("bandwidth", bandwidth), ("FLOP rate", flops)) if given is None]
     console = Console(highlight=False)
@@ -78,6 +80,16 @@ def _cost(options: argparse.Namespace) -> int:
     # Written here and not by the console, which would end the process with 1 when the reader of a pipe has gone.
     print(captured.get(), end="", flush=True)
     return 0
+
+
+def _storable(config: Config) -> dict[str, Scheme]:
+    """The schemes that can store this model's heads."""
+    schemes = {}
+    for name, scheme in SCHEMES.items():
+        with suppress(InputError):
+            check_scheme(config, scheme)
+            schemes[name] = scheme
+    return schemes
 
 
 def _config_of(model: str) -> Config:
@@ -116,9 +128,11 @@ def _print_subject(
     from rich.markup import escape
 
     window = "" if config.sliding_window is None else f", window of {config.sliding_window}"
+    rows, slots = int(options.batch_size), kept_slots(config, length)
+    values = 2 * config.num_hidden_layers * rows * config.num_key_value_heads * slots * config.head_dim
     product = (
-        f"2 x layers {config.num_hidden_layers} x rows {int(options.batch_size)} x KV heads "
-        f"{config.num_key_value_heads} x tokens {kept_slots(config, length)} x head_dim {config.head_dim} x bytes"
+        f"2 x layers {config.num_hidden_layers} x rows {rows} x KV heads {config.num_key_value_heads} x tokens {slots} "
+        f"x head_dim {config.head_dim} x {cost.cache_nbytes / values:.4g} bytes, scales included"
     )
     facts = {
         "model": f"{options.model} ({config.model_type}, {config.num_hidden_layers} layers{window})",

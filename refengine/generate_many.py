@@ -10,6 +10,7 @@ from refengine.batching import CONTINUOUS, DYNAMIC, STATIC, Batching, NewToken, 
 from refengine.checkpoint import open_checkpoint
 from refengine.errors import InputError, RequestError
 from refengine.prompts import read_prompts
+from refengine.quant import scheme_named
 from refengine.requests import Limits
 from refengine.tokenizer import encode_prompt, load_tokenizer
 from refengine.weights import Weights
@@ -23,11 +24,13 @@ def generate_many(options: argparse.Namespace) -> None:
     Raises:
         InputError: a prompt cannot be met, said after all others have been.
     """
+    scheme = scheme_named(options.kv_cache)
     checkpoint = open_checkpoint(options.model)
     tokenizer = load_tokenizer(checkpoint.path)
     prompts = read_prompts(options.prompts, lambda text: encode_prompt(tokenizer, text, chat=options.chat))
     limits = Limits(options.batch_size, options.max_tokens)
-    batching = Batching(Weights.open(checkpoint, resident=not options.streamed), POLICIES[options.batching], limits)
+    weights = Weights.open(checkpoint, resident=not options.streamed)
+    batching = Batching(weights, POLICIES[options.batching], limits, scheme=scheme)
     refused = []
     for number, prompt in enumerate(prompts, start=1):
         try:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refengine.codecs.codec import Codec, Float
+from refengine.config import Config
 from refengine.histories import AT_ONCE, Flow, History, HistoryStore
 from refengine.slots import Slots
 from refengine.stores import Store, TokenStore
@@ -60,3 +61,9 @@ def both(codec: Codec, **settings: bool) -> Scheme:
 
 
 FLOAT32 = stored_as(np.float32)
+
+
+def check_scheme(config: Config, scheme: Scheme) -> None:
+    """Raises InputError when a scheme cannot store the heads of this model."""
+    for side in (scheme.keys, scheme.values):
+        side.store(0, 0, config.num_key_value_heads, config.head_dim)

@@ -17,7 +17,7 @@ from refengine.cost_table import in_units
 from refengine.errors import InputError
 from refengine.machine import Machine, measure_machine
 from refengine.quant import SCHEMES, scheme_named
-from refengine.scheme import stored_as
+from refengine.scheme import Scheme, check_scheme, stored_as
 from tests.checkpoints import TINY, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -65,9 +65,20 @@ def test_the_table_has_the_figures_of_every_part_in_all_four_passes(checkpoint, 
         assert figures(text, heading) == pytest.approx(values, rel=0.006), heading
 
 
-def test_every_scheme_has_its_bytes_and_its_time(checkpoint, capsys):
+def can_store(scheme: Scheme) -> bool:
+    try:
+        check_scheme(CONFIG, scheme)
+    except InputError:
+        return False
+    return True
+
+
+def test_every_scheme_that_can_store_the_models_heads_has_its_bytes_and_its_time(checkpoint, capsys):
     text = shown(capsys, checkpoint, "--batch-size", 3, "--sequence-length", 100, *GIVEN)
+    assert {name: f"\n{name}  " in text for name in SCHEMES} == {name: can_store(SCHEMES[name]) for name in SCHEMES}
     for name, scheme in SCHEMES.items():
+        if not can_store(scheme):
+            continue
         cost = generation_cost(CONFIG, 3, 100, scheme)
         step = cost.decode_cached
         ratio = cost.cache_nbytes / generation_cost(CONFIG, 3, 100).cache_nbytes
@@ -85,7 +96,7 @@ def test_words_say_what_the_cache_saves_what_it_does_not_and_how_it_is_counted(c
         "all weights are read at each step",
         "the whole cache too",
         "50% are computed and then masked",
-        "2 x layers 3 x rows 1 x KV heads 2 x tokens 128 x head_dim 10 x bytes",
+        "2 x layers 3 x rows 1 x KV heads 2 x tokens 128 x head_dim 10 x 4 bytes",
     ):
         assert words in text
 
@@ -139,6 +150,7 @@ def test_this_machine_reads_and_computes_at_rates_that_machines_have():
         (["--sequence-length", "1.5"], "found '1.5'"),
         (["--sequence-length", "129"], "expected at most max_position_embeddings 128, found 129"),
         (["--kv-cache", "int3"], "expected one of float64, float32, float16, bfloat16"),
+        (["--kv-cache", "int4-g32"], "expected a group size that divides head_dim 10, found 32"),
         (["--bandwidth", "0"], "--bandwidth: expected a number above 0"),
         (["--bandwidth", "-3"], "--bandwidth: expected a number above 0"),
         (["--bandwidth", "inf"], "found 'inf'"),
@@ -153,7 +165,7 @@ def test_numbers_that_cannot_be_are_refused_in_one_line_and_nothing_is_printed(c
     assert err.startswith("refengine: ")
     assert words in err
     assert err.count("\n") == 1
-    assert len(err) < 160
+    assert len(err) < 160 + sum(map(len, SCHEMES))
 
 
 @pytest.mark.parametrize("config", [None, "{}", "no json"])
