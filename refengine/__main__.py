@@ -12,7 +12,7 @@ from refengine.cost_table import add_cost
 from refengine.errors import InputError
 from refengine.generate import generate
 from refengine.generate_many import POLICIES, generate_many
-from refengine.quant import SCHEMES, scheme_named
+from refengine.quant import CALIBRATED, SCHEMES, scheme_for
 from refengine.tokenizer import encode_prompt, load_tokenizer
 from refengine.weights import Weights
 
@@ -63,7 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         help="read one layer at a time: slower, but memory for one layer is enough",
     )
     run.add_argument(
-        "--kv-cache", default="float32", metavar="SCHEME", help=f"how the cache is stored: {', '.join(SCHEMES)}"
+        "--kv-cache",
+        choices=[*SCHEMES, *CALIBRATED],
+        default="float32",
+        metavar="SCHEME",
+        help=f"how the cache is stored: {', '.join(SCHEMES)}; or with scales measured on the prompts: "
+        f"{', '.join(CALIBRATED)}; default %(default)s",
     )
     add_cost(verbs)
     return root
@@ -79,11 +84,11 @@ def _generate(options: argparse.Namespace) -> int:
     if options.prompts is not None:
         generate_many(options)
         return 0
-    scheme = scheme_named(options.kv_cache)
     checkpoint = open_checkpoint(options.model)
     tokenizer = load_tokenizer(checkpoint.path)
     prompt = encode_prompt(tokenizer, options.prompt, chat=options.chat)
     weights = Weights.open(checkpoint, resident=not options.streamed)
+    scheme = scheme_for(options.kv_cache, weights, [prompt])
     printer = _Printer(tokenizer)
     generate(weights, [prompt], options.max_new_tokens, scheme=scheme, on_token=printer)
     printer.finish()

@@ -10,8 +10,8 @@ from refengine.batching import CONTINUOUS, DYNAMIC, STATIC, Batching, NewToken, 
 from refengine.checkpoint import open_checkpoint
 from refengine.errors import InputError, RequestError
 from refengine.prompts import read_prompts
-from refengine.quant import scheme_named
-from refengine.requests import Limits
+from refengine.quant import scheme_for
+from refengine.requests import Limits, check_request
 from refengine.tokenizer import encode_prompt, load_tokenizer
 from refengine.weights import Weights
 
@@ -24,25 +24,29 @@ def generate_many(options: argparse.Namespace) -> None:
     Raises:
         InputError: a prompt cannot be met, said after all others have been.
     """
-    scheme = scheme_named(options.kv_cache)
     checkpoint = open_checkpoint(options.model)
     tokenizer = load_tokenizer(checkpoint.path)
     prompts = read_prompts(options.prompts, lambda text: encode_prompt(tokenizer, text, chat=options.chat))
     limits = Limits(options.batch_size, options.max_tokens)
     weights = Weights.open(checkpoint, resident=not options.streamed)
-    batching = Batching(weights, POLICIES[options.batching], limits, scheme=scheme)
-    refused = []
+    accepted, refused = {}, []
     for number, prompt in enumerate(prompts, start=1):
         try:
-            batching.add_request(prompt, options.max_new_tokens, id=number)
+            check_request(weights.config, prompt, options.max_new_tokens, limits, f"request {number}")
+            accepted[number] = prompt
         except RequestError as error:
             refused.append(str(error))
+    if not accepted:
+        raise InputError("; ".join(refused))
+    scheme = scheme_for(options.kv_cache, weights, list(accepted.values())[: options.batch_size])
+    batching = Batching(weights, POLICIES[options.batching], limits, scheme=scheme)
+    for number, prompt in accepted.items():
+        batching.add_request(prompt, options.max_new_tokens, id=number)
     clock = _Clock()
     tokens = _with_bar(batching, clock)
     for number, new in tokens.items():
         print(f"[{number}] {tokenizer.decode(new, skip_special_tokens=True)}")
-    if tokens:
-        print(clock.summary())
+    print(clock.summary())
     if refused:
         raise InputError("; ".join(refused))
 

@@ -21,11 +21,14 @@ class Flow:
         leaving: who becomes codes once attention has read a pass. "full": those that wait, by `residual` at a time.
             "oldest": those beyond the newest `residual`. "again": the first pass at once; later, each time `residual`
             wait, these and everything before, which is decoded and coded again.
+        newest_counts: for "again", how many tokens those of the newest pass count for among those that wait; None: as
+            many as there are.
     """
 
     sinks: int = 0
     residual: int = 0
     leaving: Literal["full", "oldest", "again"] = "full"
+    newest_counts: int | None = None
 
     def coded(self, tokens: int) -> int:
         """How many of so many tokens of a row are codes, if they came one by one, or for "again" in one pass."""
@@ -49,6 +52,7 @@ class History:
         coded: slots of `codec.tokens` tokens; the last one may be partly filled.
         n_coded: tokens in them.
         dropped: of these, tokens at the front that a window has dropped but which share a slot with others.
+        newest: tokens of the newest pass.
     """
 
     codec: Codec
@@ -59,6 +63,7 @@ class History:
     begun: int = 0
     n_coded: int = 0
     dropped: int = 0
+    newest: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +81,8 @@ class History:
     def append(self, x_1KTH: np.ndarray) -> None:
         """Adds tokens; they are coded at once, or wait."""
         sinks = max(self.flow.sinks - self.begun, 0)
-        self.begun += x_1KTH.shape[2]
+        self.newest = x_1KTH.shape[2]
+        self.begun += self.newest
         self.sinks_1KTH = np.concatenate([self.sinks_1KTH, x_1KTH[:, :, :sinks]], axis=2, dtype=x_1KTH.dtype)
         self._wait(x_1KTH[:, :, sinks:])
         if not self.flow.residual:
@@ -90,9 +96,11 @@ class History:
             self._code(max(waiting - flow.residual, 0))
         elif flow.leaving == "full" and flow.residual:
             self._code(waiting - waiting % flow.residual)
-        elif flow.leaving == "again" and (not self.n_coded or waiting >= flow.residual):
-            self._open(0)
-            self._code(self.waiting_1KTH.shape[2])
+        elif flow.leaving == "again":
+            counted = waiting if flow.newest_counts is None else waiting - self.newest + flow.newest_counts
+            if not self.n_coded or counted >= flow.residual:
+                self._open(0)
+                self._code(self.waiting_1KTH.shape[2])
 
     def read(self, dtype: np.dtype) -> Vectors:
         """`x_1KTH` of all tokens, those dropped left out."""
@@ -147,7 +155,11 @@ class History:
     def _code(self, tokens: int) -> None:
         """The first of those that wait become codes."""
         if tokens:
-            self.coded.append(self.codec.encode(self.waiting_1KTH[:, :, :tokens]))
+            slots = self.codec.encode(self.waiting_1KTH[:, :, :tokens])
+            if self.n_coded:
+                self.coded.append(slots)
+            else:  # a slot of a codec whose groups lie across all tokens is as large as these are many
+                self.coded = Slots(slots)
             self.waiting_1KTH = self.waiting_1KTH[:, :, tokens:]
             self.n_coded += tokens
 

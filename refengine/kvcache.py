@@ -131,7 +131,7 @@ class KVCache:
     def _add(self, store: Store, x_BKTH: np.ndarray) -> Vectors:
         """Stores new vectors; returns what attention reads."""
         store.append(x_BKTH, self._newest_BT >= 0)
-        as_they_came = self.scheme.first_pass_raw and self._first_pass
+        as_they_came = self._first_pass and 0 < self.scheme.first_pass_raw <= x_BKTH.shape[2]
         x_BKSH = x_BKTH if as_they_came else store.read(x_BKTH.dtype)
         store.settle()
         return x_BKSH

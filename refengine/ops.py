@@ -103,6 +103,7 @@ def attend(
     positions_BT: np.ndarray,
     positions_BS: np.ndarray,
     window: int | None,
+    scores: Callable[[np.ndarray, np.ndarray], np.ndarray] = scores,
 ) -> np.ndarray:
     """Grouped-query attention: query head n reads key-value head n // G. Returns `y_BTNH`.
 

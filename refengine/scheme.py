@@ -41,13 +41,18 @@ class Scheme:
     """How a cache stores keys and values.
 
     Attributes:
-        first_pass_raw: a pass that finds the cache empty attends to keys and values as they came; every later pass
-            reads what is stored, its own tokens too.
+        first_pass_raw: a pass of at least so many tokens that finds the cache empty attends to keys and values as they
+            came; every other pass reads what is stored, its own tokens too. 0: every pass does.
     """
 
     keys: Storage
     values: Storage
-    first_pass_raw: bool = False
+    first_pass_raw: int = 0
+
+    @property
+    def groups_tokens(self) -> bool:
+        """Whether what becomes of a token depends on its neighbours in time."""
+        return self.keys.codec.tokens > 1 or self.values.codec.tokens > 1
 
 
 def stored_as(dtype: np.typing.DTypeLike) -> Scheme:
@@ -55,7 +60,7 @@ def stored_as(dtype: np.typing.DTypeLike) -> Scheme:
     return both(Float(dtype))
 
 
-def both(codec: Codec, **settings: bool) -> Scheme:
+def both(codec: Codec, **settings: int) -> Scheme:
     """Keys and values alike, coded at once."""
     return Scheme(Storage(codec), Storage(codec), **settings)
 

@@ -25,7 +25,8 @@ CORE = {"numpy", "safetensors", "ml_dtypes"}
 LATER_IN_REFENGINE = {"gguf", "huggingface_hub", "jinja2", "rich", "tokenizers", "transformers"}
 RUNTIMES = {"onnxruntime", "openvino", "torch"}
 ONNX = {"onnx", "google"}
-SUBJECTS = RUNTIMES | ONNX | LATER_IN_REFENGINE
+DRAWING = {"matplotlib"}
+SUBJECTS = RUNTIMES | ONNX | DRAWING | LATER_IN_REFENGINE
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = Function | ast.ClassDef
@@ -104,8 +105,10 @@ def test_imports_follow_the_arrows(file):
         assert not sometime & RUNTIMES
     else:
         assert not sometime & (RUNTIMES | ONNX)
+    assert not first & DRAWING
     if not module.startswith("refengine"):
-        assert sometime <= CORE | {"refengine", "verify", "rich"} | RUNTIMES | ONNX
+        drawing = DRAWING if module == "verify.bench.plot" else set()
+        assert sometime <= CORE | {"refengine", "verify", "rich"} | RUNTIMES | ONNX | drawing
 
 
 @of_sources

@@ -9,8 +9,10 @@ from rich.console import Console
 
 from refengine.checkpoint import open_checkpoint
 from refengine.errors import InputError
+from refengine.quant import SCHEMES
 from verify.errors import NoVerdict
 from verify.runtimes import RUNTIMES
+from verify.schedule import SCHEDULES
 
 OK, BAD_INPUT, NO_VERDICT, INTERRUPTED = 0, 2, 3, 130
 
@@ -52,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_inspect(verbs.add_parser("inspect", help="show what an export is, and who runs it"))
     _add_export(verbs.add_parser("export", help="write a plain ONNX decoder with its cache from a checkpoint"))
+    _add_bench(verbs.add_parser("bench", help="measure what each way of decoding is worth, on each engine"))
     return root
 
 
@@ -81,20 +84,12 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
         help="repeatable; passed to the runtime unchanged",
     )
     compare.add_argument("--cache", choices=("both", "on", "off"), default="both", help="default both")
-    prompts = compare.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; default: a built-in set")
-    prompts.add_argument(
-        "--prompts", type=Path, metavar="FILE", help='one a line, or JSON lines with "text" or "token_ids"'
-    )
-    compare.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
+    _add_decoding(compare)
     compare.add_argument(
-        "--batch-size",
-        type=_positive,
-        metavar="N",
-        help="default: all prompts in one left-padded batch where the export can take it",
-    )
-    compare.add_argument(
-        "--expect", choices=("float32",), default="float32", help="what counts as equal; default float32"
+        "--expect",
+        default="float32",
+        metavar="PRECISION",
+        help="what counts as equal: float32 (default), a quantised cache (int8-kv, ov-u8, ...), or auto",
     )
     compare.add_argument(
         "--no-diagnose", action="store_true", help="do not look for the cause (this release never does)"
@@ -111,6 +106,35 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
     reference.add_argument("--reference", type=Path, metavar="FILE", help="use a reference run that was kept")
 
 
+def _add_decoding(compare: argparse.ArgumentParser) -> None:
+    """What is decoded, how far, and in which batches."""
+    prompts = compare.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; default: a built-in set")
+    prompts.add_argument(
+        "--prompts", type=Path, metavar="FILE", help='one a line, or JSON lines with "text" or "token_ids"'
+    )
+    compare.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
+    compare.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="default: all prompts in one left-padded batch where the export can take it",
+    )
+    compare.add_argument(
+        "--batching",
+        choices=SCHEDULES,
+        default="static",
+        help="who shares a batch: prompts as they come (static), those of like length (dynamic), "
+        "or whoever joins and leaves a running one (continuous); default static",
+    )
+    compare.add_argument(
+        "--max-tokens",
+        type=_positive,
+        metavar="N",
+        help="of a dynamic batch: most slots of the cache, rows times the longest of them; default: no limit",
+    )
+
+
 def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("candidate", metavar="CANDIDATE", type=Path, help=".onnx file or a directory that holds one")
@@ -123,6 +147,45 @@ def _add_export(export: argparse.ArgumentParser) -> None:
     export.add_argument("out", metavar="OUT.onnx", type=Path)
 
 
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.set_defaults(run=_bench)
+    bench.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="checkpoint directory, hub name or .gguf file (default: the embedded model, and its export)",
+    )
+    bench.add_argument(
+        "candidate",
+        nargs="?",
+        metavar="CANDIDATE",
+        type=Path,
+        help="an export that the runtimes open; without it the reference engine alone is measured",
+    )
+    bench.add_argument("--runtime", action="append", choices=sorted(RUNTIMES), help="repeatable; default all of them")
+    bench.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="rows of a batch; default 8")
+    bench.add_argument(
+        "--max-new-tokens", type=_positive, default=32, metavar="N", help="after prompts of 16 tokens; default 32"
+    )
+    bench.add_argument(
+        "--kv-cache",
+        action="append",
+        metavar="SCHEME",
+        help=f"repeatable; a row for a cache that the reference engine stores so: {', '.join(SCHEMES)}; default int8",
+    )
+    bench.add_argument(
+        "--plot",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="repeatable; time per token against its position, drawn as .png or .svg",
+    )
+    bench.add_argument(
+        "--json", metavar="FILE", help='write the figures as JSON; "-" is standard output, in place of the table'
+    )
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text!r}")
@@ -133,6 +196,12 @@ def _compare(options: argparse.Namespace) -> int:
     from verify.run_compare import run_compare
 
     return run_compare(options)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from verify.bench.run import run_bench
+
+    return run_bench(options)
 
 
 def _inspect(options: argparse.Namespace) -> int:

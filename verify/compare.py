@@ -5,13 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, Protocol
 
+from refengine.checkpoint import Checkpoint
 from refengine.config import Config
+from refengine.requests import Limits
 from verify.candidates import Candidate, Settings
 from verify.drive import CandidateRun, run_candidate
 from verify.errors import NoVerdict
+from verify.expect import EXACT, Expectation
 from verify.judge import judge
 from verify.reference import Reference, ReferenceRun
 from verify.report.result import Cell, Seconds
+from verify.schedule import SCHEDULES, Batching, Schedule, is_padded
 
 Rows = Sequence[Sequence[int]]
 CacheMode = Literal["on", "off"]
@@ -29,12 +33,43 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What to compare: prompts, how far to decode, in which cache modes, rows at once (None: as many as go)."""
+    """What to compare: prompts, how far to decode, in which cache modes, and who is decoded together.
+
+    Attributes:
+        batch_size: most rows at once; None: all of them.
+        batching: when rows join and leave a batch.
+        max_tokens: of dynamic batches, most slots of the cache (rows times the longest of them, new tokens included).
+        expectation: what a cached run is held against; None: what each candidate's own settings say.
+    """
 
     prompts: Rows
     max_new_tokens: int
     modes: tuple[CacheMode, ...] = ("off", "on")
     batch_size: int | None = None
+    batching: Batching = "static"
+    max_tokens: int | None = None
+    expectation: Expectation | None = EXACT
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the prompts."""
+        return [len(prompt) for prompt in self.prompts]
+
+    @property
+    def most_rows(self) -> int:
+        """That are ever decoded together."""
+        return self.batch_size or len(self.prompts)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Who is decoded together, step by step."""
+        limits = Limits(self.most_rows, self.max_tokens)
+        return SCHEDULES[self.batching](self.lengths, self.max_new_tokens, limits)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any batch has rows of different lengths."""
+        return is_padded(self.schedule, self.lengths)
 
 
 class Comparison:
@@ -45,15 +80,15 @@ class Comparison:
 
     def __init__(
         self,
-        reference: Reference,
+        checkpoint: Checkpoint,
         request: Request,
         progress: Progress,
-        reference_run: ReferenceRun | None = None,
+        exact_run: ReferenceRun | None = None,
     ):
-        self.reference = reference
+        self.checkpoint = checkpoint
         self.request = request
         self.progress = progress
-        self.reference_run = reference_run
+        self.reference_runs = {} if exact_run is None else {EXACT: exact_run}
 
     def cells(self, candidate: Candidate) -> list[Cell]:
         """One cell for each cache mode asked for that the export can be run in, or one that says why there is none."""
@@ -68,46 +103,61 @@ class Comparison:
 
     def unopened(self, runtime: str, requested: Mapping[str, str], reason: str) -> list[Cell]:
         """The cells of a runtime that could not be run at all."""
-        settings = asdict(Settings(requested))
-        rows = self.request.batch_size or len(self.request.prompts)
-        return [Cell(runtime, mode, settings, "no-verdict", rows, reason=reason) for mode in self.request.modes]
+        settings, asked = asdict(Settings(requested)), self.request
+        expected = (asked.expectation or EXACT).name
+        return [
+            Cell(runtime, mode, settings, "no-verdict", asked.batching, asked.most_rows, reason=reason, expect=expected)
+            for mode in asked.modes
+        ]
 
     def cell(self, candidate: Candidate, mode: CacheMode) -> Cell:
         """The verdict on one candidate in one cache mode; what stops the runtime becomes the cell's reason."""
-        rows = batch_size_for(candidate, self.request)
+        request = request_for(candidate, self.request)
+        batches = request.batching, request.most_rows
+        # Without its cache a runtime reads every key and value as it computed them.
+        expectation = (request.expectation or candidate.expectation) if mode == "on" else EXACT
         settings = asdict(candidate.settings)
         try:
-            verdict, tokens, noise, seconds = self._judged(candidate, mode, rows)
+            verdict, tokens, noise, seconds = self._judged(candidate, mode, request, expectation)
         except NoVerdict as error:
-            return Cell(candidate.runtime, mode, settings, "no-verdict", rows, reason=str(error))
-        return Cell(candidate.runtime, mode, settings, verdict, rows, tokens, noise, seconds)
+            return Cell(
+                candidate.runtime, mode, settings, "no-verdict", *batches, reason=str(error), expect=expectation.name
+            )
+        return Cell(
+            candidate.runtime, mode, settings, verdict, *batches, tokens, noise, seconds, expect=expectation.name
+        )
 
-    def _judged(self, candidate: Candidate, mode: CacheMode, rows: int) -> tuple:
-        run = self._drive(candidate, mode, rows)
+    def _judged(self, candidate: Candidate, mode: CacheMode, request: Request, expectation: Expectation) -> tuple:
+        run = self._drive(candidate, mode, request)
         seconds, began = run.seconds, time.perf_counter()
-        if self.reference_run is None:
-            self.reference_run = self.reference.run(self.request.prompts, self.request.max_new_tokens, guess=run.tokens)
-        reference, reference_seconds = self.reference_run, time.perf_counter() - began
+        if expectation not in self.reference_runs:
+            engine = Reference(self.checkpoint, lambda what: self.progress.begin(what, None), expectation.scheme)
+            self.reference_runs[expectation] = engine.run(request.prompts, request.max_new_tokens, run.tokens)
+        reference, reference_seconds = self.reference_runs[expectation], time.perf_counter() - began
         if run.tokens != reference.tokens:
             # From its first difference on, the candidate saw other tokens; feed both the same, so that one early
             # flip does not hide the rest. That difference itself stands, should the second run not repeat it.
-            forced = self._drive(candidate, mode, rows, forced=reference.tokens)
+            forced = self._drive(candidate, mode, request, forced=reference.tokens)
             seconds += forced.seconds
             run = replace(forced, tokens=_with_first_differences(forced.tokens, run.tokens, reference.tokens))
         began = time.perf_counter()
         verdict, tokens, noise = judge(run, reference)
+        if expectation.scheme is not None:
+            # Values of a quantised cache differ where a code fell on the other side of a step: too seldom for a
+            # handful of orders to say how often is too often. What comes of it is judged by the logits.
+            noise = replace(noise, cache_beyond=())
         return verdict, tokens, noise, Seconds(seconds, reference_seconds + time.perf_counter() - began)
 
-    def _drive(self, candidate: Candidate, mode: CacheMode, rows: int, forced: Rows | None = None) -> CandidateRun:
-        request = self.request
+    def _drive(
+        self, candidate: Candidate, mode: CacheMode, request: Request, forced: Rows | None = None
+    ) -> CandidateRun:
         again = "" if forced is None else ", on the reference's tokens"
         self.progress.begin(f"{candidate.runtime}, cache {mode}{again}", len(request.prompts) * request.max_new_tokens)
         return run_candidate(
             candidate,
             request.prompts,
-            request.max_new_tokens,
+            request.schedule,
             use_cache=mode == "on",
-            batch_size=rows,
             forced=forced,
             on_step=self.progress.advance,
         )
@@ -124,12 +174,22 @@ def _with_first_differences(forced: Rows, free: Rows, reference: Rows) -> list[l
     return merged
 
 
-def batch_size_for(candidate: Candidate, request: Request) -> int:
-    """Rows that are decoded together: as asked for, but one by one where lengths differ and padding cannot be told."""
+def request_for(candidate: Candidate, request: Request) -> Request:
+    """The request as this candidate can meet it: static batches of the number of rows that it takes, or of one.
+
+    Rows of different lengths need padding in front, in the past too where they join a running batch. A cache that codes
+    neighbours in time together codes padding with them, and what that holds is nobody's business but the runtime's.
+    """
     if candidate.interface.batch_size is not None:
-        return candidate.interface.batch_size
-    ragged = len({len(prompt) for prompt in request.prompts}) > 1
-    return 1 if ragged and not candidate.can_pad_left else request.batch_size or len(request.prompts)
+        return replace(request, batching="static", batch_size=candidate.interface.batch_size)
+    ragged = request.batching == "continuous" or len(set(request.lengths)) > 1
+    scheme = (request.expectation or candidate.expectation).scheme
+    padding_matters = scheme is not None and scheme.groups_tokens
+    if ragged and request.most_rows > 1 and (padding_matters or not candidate.can_pad_left):
+        return replace(request, batching="static", batch_size=1)
+    if request.batching == "continuous" and not candidate.can_merge:
+        return replace(request, batching="static")
+    return request
 
 
 def notes_on(candidate: Candidate, request: Request) -> list[str]:
@@ -139,21 +199,20 @@ def notes_on(candidate: Candidate, request: Request) -> list[str]:
         notes.append(
             f"{candidate.runtime}: the export has no past_key_values input, so it was compared without a cache only"
         )
-    asked = request.batch_size or len(request.prompts)
-    if candidate.interface.batch_size not in (None, asked):
-        notes.append(f"{candidate.runtime}: the export takes {candidate.interface.batch_size} rows and no other number")
-    elif batch_size_for(candidate, request) < asked:
-        notes.append(
-            f"{candidate.runtime}: the export cannot be told of left padding, so its prompts were run one by one"
-        )
-    return notes
-
-
-def is_padded(request: Request, batch_size: int) -> bool:
-    """Whether any batch of so many rows holds prompts of different lengths."""
-    lengths = [len(prompt) for prompt in request.prompts]
-    starts = range(0, len(lengths), batch_size)
-    return any(len(set(lengths[start : start + batch_size])) > 1 for start in starts)
+    if request.expectation is None and "on" in request.modes:
+        notes.append(f"{candidate.runtime}: its settings say that its cache is {candidate.expectation.name}")
+    met = request_for(candidate, request)
+    if (met.batching, met.most_rows) == (request.batching, request.most_rows):
+        return notes
+    why = "the export cannot be told of left padding, so its prompts were run one by one"
+    if candidate.can_pad_left:
+        why = "its cache would code padding together with tokens, so its prompts were run one by one"
+    if met.most_rows == request.most_rows:
+        why = "the export keeps its past to itself, so that no row can join or leave: it was run in static batches"
+    if candidate.interface.batch_size is not None:
+        instead = "" if request.batching == "static" else ", so it was run in static batches of as many"
+        why = f"the export takes {met.most_rows} rows and no other number{instead}"
+    return [*notes, f"{candidate.runtime}: {why}"]
 
 
 def not_revealed(config: Config, request: Request, padded: bool) -> list[str]:

@@ -1,14 +1,16 @@
-"""Drives a candidate: greedy decoding or given tokens, with its cache and without, in left-padded batches."""
+"""Drives a candidate: greedy decoding or given tokens, with its cache and without, in the batches of a schedule."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
 from refengine.tokens import left_padded
 from verify.candidates import Candidate, Past
-from verify.errors import NoVerdict
+from verify.feeds import merge, select
+from verify.schedule import Schedule
 
 Rows = Sequence[Sequence[int]]
 OnStep = Callable[[int], None]  # called with the number of tokens just gained, over all rows
@@ -34,91 +36,112 @@ class CandidateRun:
 def run_candidate(
     candidate: Candidate,
     prompts: Rows,
-    max_new_tokens: int,
+    schedule: Schedule,
     *,
     use_cache: bool,
-    batch_size: int,
     forced: Rows | None = None,
     on_step: OnStep = lambda tokens: None,
 ) -> CandidateRun:
-    """Decodes `max_new_tokens` for each prompt, going on past end tokens.
+    """Decodes each prompt for as many steps as the schedule has it in, going on past end tokens.
+
+    Rows that join a batch are read in a pass of their own, and their past is merged into that of the rows before them;
+    of rows that leave it, the past is dropped. Without the cache every step is one pass over whole sequences.
 
     Args:
+        schedule: the rows of each step, in any order; the steps of a row come one after the other.
         use_cache: feed only the new token and the past; otherwise the whole sequence again at every step.
-        batch_size: rows decoded together, left-padded.
         forced: tokens to feed whatever the candidate chooses.
 
     Raises:
         NoVerdict: the runtime failed.
     """
-    parts = []
-    for start in range(0, len(prompts), batch_size):
-        rows = slice(start, start + batch_size)
-        parts.append(
-            _run_batch(candidate, prompts[rows], max_new_tokens, use_cache, forced[rows] if forced else None, on_step)
-        )
-    return CandidateRun(
-        tokens=[row for part in parts for row in part.tokens],
-        logits=[row for part in parts for row in part.logits],
-        caches={name: [row for part in parts for row in part.caches[name]] for name in parts[0].caches},
-        seconds=sum(part.seconds for part in parts),
-    )
-
-
-def _run_batch(
-    candidate: Candidate,
-    prompts: Rows,
-    max_new_tokens: int,
-    use_cache: bool,
-    forced: Rows | None,
-    on_step: OnStep,
-) -> CandidateRun:
-    token_ids_BT, positions_BT = left_padded(prompts)
-    chosen: list[np.ndarray] = []
-    columns: list[np.ndarray] = []  # logits, each (B, some columns, V)
+    decoding = _Decoding(candidate, prompts, forced)
+    running: list[int] = []  # the rows of `past`
     past: Past | None = None
-    seconds = 0.0
-    for step in range(max_new_tokens):
-        new = slice(-1, None) if use_cache and step else slice(None)
+    for rows, later in pairwise([*schedule, ()]):
+        joining = [row for row in rows if row not in running]
+        if running:
+            past = decoding.step(running, past)
+        if joining:
+            past = _joined(past, decoding.step(joining, None))
+        batch = running + joining
+        for place, row in enumerate(batch):
+            if row not in later:
+                decoding.end(row, past, place)
+        running = [row for row in batch if row in later] if use_cache else []
+        if not running:
+            past = None
+        elif past and len(running) < len(batch):
+            past = select(past, [batch.index(row) for row in running])
+        on_step(len(rows))
+    return decoding.run()
+
+
+def _joined(past: Past | None, theirs: Past | None) -> Past | None:
+    return merge(past, theirs) if past and theirs else theirs
+
+
+@dataclass
+class _Row:
+    """A prompt, and what a candidate has made of it."""
+
+    tokens: list[int]  # the prompt, and what is fed after it
+    chosen: list[int] = field(default_factory=list)
+    logits: list[np.ndarray] = field(default_factory=list)  # (positions, V) of each pass; one array once it has ended
+    cache: Mapping[str, np.ndarray] = field(default_factory=dict)  # once it has ended
+
+
+class _Decoding:
+    """A run of a candidate on its way."""
+
+    def __init__(self, candidate: Candidate, prompts: Rows, forced: Rows | None):
+        self.candidate = candidate
+        self.rows = [_Row(list(prompt)) for prompt in prompts]
+        self.forced = forced
+        self.seconds = 0.0
+
+    def step(self, numbers: Sequence[int], past: Past | None) -> Past | None:
+        """One pass that gives each of these rows a token, and what is past after it.
+
+        Rows are fed their newest token after their past, or without one all of their tokens.
+        """
+        rows = [self.rows[number] for number in numbers]
+        if past is None:
+            token_ids_BT, positions_BT = left_padded([row.tokens for row in rows])
+        else:
+            token_ids_BT = np.array([row.tokens[-1:] for row in rows])
+            positions_BT = np.array([[len(row.tokens) - 1] for row in rows])
         began = time.perf_counter()
-        result = candidate.run(token_ids_BT[:, new], positions_BT[:, new], past if use_cache else None)
-        seconds += time.perf_counter() - began
-        past = result.past
-        # A copy of the last column, since a view would keep the logits of the whole sequence alive at every step.
-        columns.append(result.logits_BTV if step == 0 or use_cache else result.logits_BTV[:, -1:].copy())
-        chosen.append(result.logits_BTV[:, -1].argmax(axis=-1))
-        next_B = chosen[-1] if forced is None else np.array([row[step] for row in forced])
-        if step + 1 < max_new_tokens:
-            token_ids_BT = np.append(token_ids_BT, next_B[:, None], axis=1)
-            positions_BT = np.append(positions_BT, positions_BT[:, -1:] + 1, axis=1)
-        on_step(len(prompts))
-    logits_BTV = np.concatenate(columns, axis=1)
-    there_BT = positions_BT >= 0
-    return CandidateRun(
-        tokens=np.stack(chosen, axis=1).tolist(),
-        logits=[
-            logits[-min(int(there.sum()), len(logits)) :] for logits, there in zip(logits_BTV, there_BT, strict=True)
-        ],
-        caches=_caches(candidate, past, there_BT),
-        seconds=seconds,
-    )
+        result = self.candidate.run(token_ids_BT, positions_BT, past)
+        self.seconds += time.perf_counter() - began
+        for number, row, logits_TV in zip(numbers, rows, result.logits_BTV, strict=True):
+            new = 1 if row.chosen else len(row.tokens)
+            # A copy, since a view would keep the logits of the whole batch and its padding alive.
+            row.logits.append(logits_TV[-new:].copy())
+            row.chosen.append(int(logits_TV[-1].argmax()))
+            row.tokens.append(self.forced[number][len(row.chosen) - 1] if self.forced else row.chosen[-1])
+        return result.past
+
+    def end(self, number: int, past: Past | None, place: int) -> None:
+        """Keeps what is kept of a row that has all its tokens, which is at this place of `past`."""
+        row = self.rows[number]
+        row.logits = [np.concatenate(row.logits)]
+        row.cache = _cache(self.candidate, past, place) if past else {}
+
+    def run(self) -> CandidateRun:
+        """What the rows got, once all of them have ended."""
+        return CandidateRun(
+            tokens=[row.chosen for row in self.rows],
+            logits=[row.logits[0] for row in self.rows],
+            caches={name: [row.cache[name] for row in self.rows] for name in self.rows[0].cache},
+            seconds=self.seconds,
+        )
 
 
-def _caches(candidate: Candidate, past: Past | None, there_BS: np.ndarray) -> dict[str, list[np.ndarray]]:
-    """The final cache by trace point, each row's own positions only."""
-    if past is None:
-        return {}
-    caches = {}
-    names = [
-        f"layers.{index}.self_attn.{kind}"
-        for index in range(len(candidate.interface.layers))
-        for kind in ("k_cache", "v_cache")
-    ]
-    for name, (array, _) in zip(names, candidate.interface.carried, strict=True):
-        x_BSKH = past.arrays[array].swapaxes(1, 2)
-        if x_BSKH.shape[1] != there_BS.shape[1]:
-            raise NoVerdict(
-                f"cache: expected {there_BS.shape[1]} tokens after the last step, found {x_BSKH.shape[1]} in {array}"
-            )
-        caches[name] = [row[there].reshape(int(there.sum()), -1) for row, there in zip(x_BSKH, there_BS, strict=True)]
-    return caches
+def _cache(candidate: Candidate, past: Past, place: int) -> dict[str, np.ndarray]:
+    """A row's keys and values by trace point, at its own positions only."""
+    there_S = past.positions_BS[place] >= 0
+    return {
+        point: x_BKSH[place].swapaxes(0, 1)[there_S].reshape(int(there_S.sum()), -1)
+        for point, x_BKSH in candidate.caches(past).items()
+    }

@@ -1,15 +1,14 @@
 """What a decoder export is fed for new tokens, and what of its outputs the next step is fed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from verify.candidates import Past
 from verify.errors import NoVerdict
-from verify.interface import SWITCHES, Declared, Interface, check_same_model, interface_of
+from verify.interface import SWITCHES, Declared, Interface
 
-__all__ = ["Declared", "Interface", "check_same_model", "feed", "interface_of", "next_past"]
-
+CACHE_POINTS = ("k_cache", "v_cache")
 PADDING_POSITION = 0  # what position_ids holds at padding: masked out, but it has to be in every RoPE table
 
 
@@ -39,6 +38,7 @@ def feed(
         "position_ids": np.where(positions_BT < 0, PADDING_POSITION, positions_BT),
         "use_cache_branch": past is not None,
         "num_logits_to_keep": 0,  # which keeps the logits of every token
+        "beam_idx": np.arange(len(token_ids_BT)),  # every row goes on from itself
     }
     fed = {
         declared.name: _as_declared(values[declared.name], declared)
@@ -89,8 +89,49 @@ def next_past(
     return Past(arrays, np.array(positions_BS))
 
 
+def caches(interface: Interface, past: Past) -> dict[str, np.ndarray]:
+    """Keys and values `x_BKSH` of a past that was handed over, by trace point."""
+    points = [f"layers.{index}.self_attn.{kind}" for index in range(len(interface.layers)) for kind in CACHE_POINTS]
+    return {point: past.arrays[name] for point, (name, _) in zip(points, interface.carried, strict=True)}
+
+
+def check_logits(logits: np.ndarray, shape_BT: tuple[int, ...], vocab_size: int | None) -> None:
+    """Raises NoVerdict unless there are logits of every new token, or of the last of each row."""
+    rows, tokens = shape_BT
+    if logits.shape not in ((rows, tokens, vocab_size), (rows, 1, vocab_size)):
+        raise NoVerdict(
+            f"logits: expected shape {(rows, tokens, vocab_size)} (rows, new tokens, vocabulary), found {logits.shape}"
+        )
+
+
+def merge(first: Past, second: Past) -> Past:
+    """The rows of both, the first one's before the second one's; the shorter one has empty slots in front."""
+    return Past(
+        {name: _stacked(array, second.arrays[name], axis=2, empty=0) for name, array in first.arrays.items()},
+        _stacked(first.positions_BS, second.positions_BS, axis=1, empty=-1),
+    )
+
+
+def select(past: Past, rows: Sequence[int]) -> Past:
+    """These rows, in this order, without the slots in front that none of them uses; in arrays of its own."""
+    positions_BS = past.positions_BS[rows]
+    first = int((positions_BS >= 0).any(axis=0).argmax())
+    return Past({name: array[rows, :, first:] for name, array in past.arrays.items()}, positions_BS[:, first:])
+
+
 def _with_past(positions_BT: np.ndarray, past: Past | None) -> np.ndarray:
     return positions_BT if past is None else np.concatenate([past.positions_BS, positions_BT], axis=1)
+
+
+def _stacked(first: np.ndarray, second: np.ndarray, axis: int, empty: int) -> np.ndarray:
+    """The rows of both; `axis` is that of the slots, and `empty` stands where a row has none."""
+    size = max(first.shape[axis], second.shape[axis])
+
+    def filled_up(array: np.ndarray) -> np.ndarray:
+        widths = [(size - array.shape[axis] if at == axis else 0, 0) for at in range(array.ndim)]
+        return np.pad(array, widths, constant_values=empty)
+
+    return np.concatenate([filled_up(first), filled_up(second)])
 
 
 def _as_declared(value: np.ndarray | bool | int, declared: Declared) -> np.ndarray:

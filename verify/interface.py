@@ -11,6 +11,7 @@ from refengine.errors import InputError
 CACHE_NAME = re.compile(r"(past|present)(?:[._]key[._]values)?[._](?:(\d+)[._](key|value)|(key|value)[._](\d+))")
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 SWITCHES = ("use_cache_branch", "num_logits_to_keep")
+BEAM_INPUT = "beam_idx"  # of a stateful export: which row of the past each row goes on from
 CACHE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 QUERY_HEADS_FOR_KV_HEADS = (
     "its past was built with num_attention_heads where num_key_value_heads are wanted; export it again with "
@@ -52,6 +53,7 @@ class Interface:
         layers: in layer order; empty where the export neither takes nor gives a cache.
         kv_heads: None where the export leaves it open, as are `head_dim` and `vocab_size`; see `resolved`.
         cache_dtype: NumPy's name; None without a cache.
+        is_stateful: the export keeps its past to itself.
     """
 
     inputs: tuple[Declared, ...]
@@ -61,6 +63,7 @@ class Interface:
     head_dim: int | None
     vocab_size: int | None
     cache_dtype: str | None
+    is_stateful: bool = False
 
     @property
     def carried(self) -> tuple[tuple[str, str], ...]:
@@ -72,8 +75,8 @@ class Interface:
 
     @property
     def has_cache(self) -> bool:
-        """Whether a step can be fed what the one before gave."""
-        return bool(self.carried)
+        """Whether a step can go on from the one before: it is fed what that gave, or the export has kept it."""
+        return bool(self.carried) or self.is_stateful
 
     @property
     def has_attention_mask(self) -> bool:
@@ -101,7 +104,7 @@ class Interface:
         )
 
 
-def interface_of(inputs: Iterable[Declared], outputs: Iterable[Declared]) -> Interface:
+def interface_of(inputs: Iterable[Declared], outputs: Iterable[Declared], is_stateful: bool = False) -> Interface:
     """Works out by name, never by order, what a decoder export takes and gives.
 
     Raises:
@@ -127,6 +130,7 @@ def interface_of(inputs: Iterable[Declared], outputs: Iterable[Declared]) -> Int
         head_dim=_size(arrays, 3, 4, "the head size"),
         vocab_size=_size([logits], 2, 3, "the vocabulary"),
         cache_dtype=_cache_dtype(arrays),
+        is_stateful=is_stateful,
     )
 
 
@@ -196,7 +200,7 @@ def _layers(past: Mapping[int, tuple[str, str]], present: Mapping[int, tuple[str
 
 
 def _check_inputs(inputs: Sequence[Declared], cached: set[str]) -> None:
-    known = (*TOKEN_INPUTS, *SWITCHES, "past_key_values.N.key", "past_key_values.N.value")
+    known = (*TOKEN_INPUTS, *SWITCHES, BEAM_INPUT, "past_key_values.N.key", "past_key_values.N.value")
     for declared in inputs:
         name, found = declared.name, declared.shape_text
         if name not in known and name not in cached:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -11,10 +12,11 @@ import numpy as np
 
 from refengine.checkpoint import Checkpoint
 from refengine.errors import InputError
-from refengine.generate import generate, teacher_forced
+from refengine.generate import generate
 from refengine.kvcache import KVCache
-from refengine.scheme import stored_as
+from refengine.model import forward
 from refengine.ops import OPS, Ops
+from refengine.scheme import Scheme, stored_as
 from refengine.tokens import left_padded
 from refengine.weights import Weights
 from verify.files import replacing
@@ -68,11 +70,23 @@ class Reference:
 
     Weights are read when first needed, in float64 for the truth and in float32 for its noise, one after the other, so
     that never both are in memory.
+
+    Args:
+        checkpoint: the model.
+        on_progress: told what is being done.
+        scheme: how its cache is stored; None keeps what is computed. With a scheme the noise of float32 includes the
+            codes that it makes fall on the other side of a step.
     """
 
-    def __init__(self, checkpoint: Checkpoint, on_progress: Callable[[str], None] = lambda what: None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        on_progress: Callable[[str], None] = lambda what: None,
+        scheme: Scheme | None = None,
+    ):
         self.checkpoint = checkpoint
         self.on_progress = on_progress
+        self.scheme = scheme
 
     def run(self, prompts: Rows, max_new_tokens: int, guess: Rows | None = None) -> ReferenceRun:
         """The reference's greedy run of `prompts`, `max_new_tokens` each, going on past end tokens.
@@ -86,12 +100,12 @@ class Reference:
         weights = Weights.open(self.checkpoint, np.float64)
         endless = replace(weights, config=replace(weights.config, eos_token_id=()))
         self.on_progress("the reference in float64")
-        tokens = guess or generate(endless, prompts, max_new_tokens)
-        logits_PV, caches = _pass(endless, prompts, tokens)
+        tokens = guess or generate(endless, prompts, max_new_tokens, scheme=self.scheme)
+        logits_PV, caches = _pass(endless, prompts, tokens, self.scheme)
         if chosen(logits_PV, prompts, tokens) != [list(row) for row in tokens]:
             self.on_progress("the reference decodes its own tokens in float64")
-            tokens = generate(endless, prompts, max_new_tokens)
-            logits_PV, caches = _pass(endless, prompts, tokens)
+            tokens = generate(endless, prompts, max_new_tokens, scheme=self.scheme)
+            logits_PV, caches = _pass(endless, prompts, tokens, self.scheme)
         return self._with_noise(prompts, tokens, logits_PV, caches)
 
     def _with_noise(
@@ -102,7 +116,7 @@ class Reference:
         errors: dict[str, list[np.ndarray]] = {"lm_head": [], **{name: [] for name in caches64}}
         for order, ops in orders_for(len(logits64_PV)).items():
             self.on_progress(f"the reference in float32 ({order})")
-            logits_PV, caches = _pass(weights, prompts, tokens, ops)
+            logits_PV, caches = _pass(weights, prompts, tokens, self.scheme, ops)
             difference_PV = logits_PV - logits64_PV
             errors["lm_head"].append(rms(difference_PV, axis=-1))
             np.maximum(flips_P, np.abs(difference_PV).max(axis=-1), out=flips_P)
@@ -127,17 +141,19 @@ def step_slices(prompts: Rows, tokens: Rows) -> list[slice]:
     return slices
 
 
-def _pass(weights: Weights, prompts: Rows, tokens: Rows, ops: Ops = OPS) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _pass(
+    weights: Weights, prompts: Rows, tokens: Rows, scheme: Scheme | None, ops: Ops = OPS
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits, and keys and values by trace point, at every position of every row, rows one after the other."""
     token_ids_BT, positions_BT = left_padded(
         [[*prompt, *new[:-1]] for prompt, new in zip(prompts, tokens, strict=True)]
     )
     there_BT = positions_BT >= 0
     place_BT = there_BT.cumsum().reshape(there_BT.shape) - 1
-    cache = KVCache(weights.config, len(token_ids_BT), stored_as(weights.dtype))
+    cache = KVCache(weights.config, len(token_ids_BT), scheme or stored_as(weights.dtype))
     logits_PV = np.empty((np.count_nonzero(there_BT), weights.config.vocab_size), weights.dtype)
-    chunk = max(1, TOKENS_A_PASS // len(token_ids_BT))
-    for columns, logits_BTV in teacher_forced(weights, token_ids_BT, positions_BT, cache, chunk=chunk, ops=ops):
+    for columns in _columns(positions_BT, len(tokens[0]), scheme):
+        logits_BTV = forward(weights, token_ids_BT[:, columns], positions_BT[:, columns], cache, ops=ops)
         logits_PV[place_BT[:, columns][there_BT[:, columns]]] = logits_BTV[there_BT[:, columns]]
     caches = {}
     for layer in range(weights.config.num_hidden_layers):
@@ -146,6 +162,19 @@ def _pass(weights: Weights, prompts: Rows, tokens: Rows, ops: Ops = OPS) -> tupl
                 len(logits_PV), -1
             )
     return logits_PV, caches
+
+
+def _columns(positions_BT: np.ndarray, new_tokens: int, scheme: Scheme | None) -> list[slice]:
+    """The columns of each pass: as many as memory is meant for; with a scheme, those of a runtime that decodes.
+
+    What a token attends to may depend on the pass that brings it when the cache is not exact: the prompts are one pass,
+    and every new token is one.
+    """
+    rows, width = positions_BT.shape
+    starts = list(range(0, width, max(1, TOKENS_A_PASS // rows)))
+    if scheme is not None:
+        starts = [0, *range(width - (new_tokens - 1), width)]
+    return [slice(*ends) for ends in pairwise([*starts, width])]
 
 
 def save_reference(path: Path, run: ReferenceRun, model_sha256: str) -> None:

@@ -24,14 +24,16 @@ from rich.progress import (
 from refengine.checkpoint import Checkpoint, open_checkpoint
 from refengine.errors import InputError
 from refengine.prompts import encode_checked, read_prompts
+from refengine.requests import Limits, check_request
 from refengine.tokenizer import encode_prompt, load_tokenizer
-from verify.candidates.onnx_file import describe
-from verify.compare import CacheMode, Comparison, Request, batch_size_for, is_padded, not_revealed, notes_on
+from verify.candidates.files import describe_candidate
+from verify.compare import CacheMode, Comparison, Request, not_revealed, notes_on, request_for
 from verify.embedded import embedded_model
 from verify.errors import NoVerdict
+from verify.expect import EXACT, expected
 from verify.files import check_place, replacing, sha256_of
 from verify.prompts import BUILT_IN, check_prompts
-from verify.reference import Reference, load_reference, save_reference
+from verify.reference import load_reference, save_reference
 from verify.report.as_json import as_json
 from verify.report.console import print_report
 from verify.report.result import Cell, Exported, Model, Report
@@ -84,7 +86,7 @@ def _show(report: Report, as_text: bool) -> None:
 def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> Report:
     request = _request(options, checkpoint)
     settings = _provider_options(options.provider_option)
-    file = describe(path)
+    file = describe_candidate(path)
     model = Model(str(checkpoint.path), checkpoint.config.model_type, sha256_of(*checkpoint.files))
     saved = None
     if options.reference is not None:
@@ -93,8 +95,7 @@ def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> 
     notes: list[str] = []
     padded = False
     with _progress() as progress:
-        reference = Reference(checkpoint, lambda what: progress.begin(what, None))
-        comparison = Comparison(reference, request, progress, saved)
+        comparison = Comparison(checkpoint, request, progress, saved)
         for runtime in options.runtime or ["ort-openvino"]:
             progress.begin(f"opening {path.name} on {runtime}", None)
             try:
@@ -104,9 +105,9 @@ def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> 
                 continue
             cells += comparison.cells(candidate)
             notes += notes_on(candidate, request)
-            padded |= is_padded(request, batch_size_for(candidate, request))
-    if options.save_reference is not None and comparison.reference_run is not None:
-        save_reference(options.save_reference, comparison.reference_run, model.sha256)
+            padded |= request_for(candidate, request).is_padded
+    if options.save_reference is not None and EXACT in comparison.reference_runs:
+        save_reference(options.save_reference, comparison.reference_runs[EXACT], model.sha256)
     return Report(
         model,
         Exported(str(file.path), file.exporter, file.sha256),
@@ -121,7 +122,27 @@ def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> 
 def _request(options: argparse.Namespace, checkpoint: Checkpoint) -> Request:
     prompts = _prompts(options, checkpoint)
     check_prompts(prompts, checkpoint.config, options.max_new_tokens)
-    return Request(prompts, options.max_new_tokens, MODES[options.cache], options.batch_size)
+    if options.max_tokens is not None:
+        if options.batching != "dynamic":
+            raise InputError(
+                f"--max-tokens: limits dynamic batches alone, found --batching {options.batching}; "
+                "add --batching dynamic, or leave it out"
+            )
+        limits = Limits(max_tokens=options.max_tokens)
+        for number, prompt in enumerate(prompts, start=1):
+            check_request(checkpoint.config, prompt, options.max_new_tokens, limits, f"prompt {number}")
+    expectation = expected(options.expect)
+    if expectation is not EXACT and (options.reference or options.save_reference):
+        raise InputError("--reference, --save-reference: a run that is kept is exact; leave --expect out")
+    return Request(
+        prompts,
+        options.max_new_tokens,
+        MODES[options.cache],
+        options.batch_size,
+        options.batching,
+        options.max_tokens,
+        expectation,
+    )
 
 
 def _prompts(options: argparse.Namespace, checkpoint: Checkpoint) -> Sequence[Sequence[int]]:

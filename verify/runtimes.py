@@ -15,4 +15,10 @@ def _open_ort(path: Path, runtime: str, provider_options: Mapping[str, str], con
     return OrtCandidate.open(path, runtime, provider_options, config)
 
 
-RUNTIMES: Mapping[str, Open] = {"ort-cpu": _open_ort, "ort-openvino": _open_ort}
+def _open_openvino(path: Path, runtime: str, provider_options: Mapping[str, str], config: Config) -> Candidate:
+    from verify.candidates.openvino import OpenVinoCandidate
+
+    return OpenVinoCandidate.open(path, runtime, provider_options, config)
+
+
+RUNTIMES: Mapping[str, Open] = {"ort-cpu": _open_ort, "ort-openvino": _open_ort, "openvino": _open_openvino}

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from refengine.codecs.codec import Codec, check_finite
-from refengine.codecs.packing import pack_nibbles, unpack_nibbles
+from refengine.codecs.packing import pack_nibbles, pack_quarters, unpack_nibbles, unpack_quarters
 from refengine.errors import InputError
 from refengine.slots import Arrays
 from refengine.views import BLOCK
@@ -17,7 +17,8 @@ Fit = Callable[[np.ndarray, int], tuple[np.ndarray, ...]]
 
 @dataclass(frozen=True)
 class Affine(Codec):
-    """Codes of `bits` bits, with a scale and a zero for each group of values; 4-bit codes are packed two a byte.
+    """Codes of `bits` bits, with a scale and a zero for each group of values; 4-bit codes are packed two a byte, 2-bit
+    codes four a byte.
 
     A group is `group_size` neighbours along head_dim of one token and head, or where `tokens` is more than 1, so many
     consecutive tokens of one channel ("by channel").
@@ -25,7 +26,7 @@ class Affine(Codec):
     Attributes:
         fit: float32 `x_XG` and the largest code -> codes_XG, scale_X and, unless `zero` is "none", zero_X; the last two
             rounded to `params`.
-        bits: 4 or 8.
+        bits: 2, 4 or 8.
         group_size: None is the whole of head_dim.
         tokens: as `Codec.tokens`.
         zero: "point": x = (code - zero) * scale; "offset": x = code * scale + zero; "none": x = code * scale, with
@@ -43,8 +44,8 @@ class Affine(Codec):
     high_first: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise InputError(f"KV cache: expected codes of 4 or 8 bits, found {self.bits}")
+        if self.bits not in (2, 4, 8):
+            raise InputError(f"KV cache: expected codes of 2, 4 or 8 bits, found {self.bits}")
         if self.tokens < 1 or BLOCK % self.tokens:
             raise InputError(f"KV cache: expected groups of 1, 2, 4, ... or {BLOCK} tokens, found {self.tokens}")
 
@@ -55,6 +56,8 @@ class Affine(Codec):
             raise InputError(f"KV cache: expected a group size that divides head_dim {head_dim}, found {group}")
         if self.bits == 4 and head_dim % 2:
             raise InputError(f"KV cache: expected an even head_dim to pack 4-bit codes two a byte, found {head_dim}")
+        if self.bits == 2 and head_dim % 4:
+            raise InputError(f"KV cache: expected a multiple of 4 as head_dim to pack 2-bit codes, found {head_dim}")
         one_slot = self.encode(np.zeros((rows, heads, self.tokens, head_dim), np.float32))
         return tuple(array[:, :, :0] for array in one_slot)
 
@@ -146,12 +149,18 @@ class Affine(Codec):
         """The codes as numbers, in a float dtype."""
         if self.bits == 8:
             return stored.astype(dtype)
-        codes = unpack_nibbles(stored, self.high_first).astype(dtype)
+        codes = self._unpacked(stored).astype(dtype)
         if self.zero == "none":
-            codes -= 8
+            codes -= 2 ** (self.bits - 1)
         return codes
 
     def _stored(self, codes: np.ndarray) -> np.ndarray:
         if self.bits == 8:
             return codes.astype(np.int8 if self.zero == "none" else np.uint8)
-        return pack_nibbles(codes + 8 if self.zero == "none" else codes, self.high_first)
+        return self._packed(codes + 2 ** (self.bits - 1) if self.zero == "none" else codes)
+
+    def _packed(self, codes: np.ndarray) -> np.ndarray:
+        return pack_quarters(codes) if self.bits == 2 else pack_nibbles(codes, self.high_first)
+
+    def _unpacked(self, stored: np.ndarray) -> np.ndarray:
+        return unpack_quarters(stored) if self.bits == 2 else unpack_nibbles(stored, self.high_first)

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from refengine.checkpoint import Checkpoint
 from verify.candidates import Candidate
-from verify.compare import CacheMode, Comparison, Request
+from verify.compare import Comparison, Request
 from verify.reference import Reference, ReferenceRun
 from verify.report.result import Cell
 from verify.runtimes import RUNTIMES
@@ -44,14 +45,8 @@ class Compared:
     def open(self, path: Path, runtime: str = "ort-cpu", options: Mapping[str, str] | None = None) -> Candidate:
         return RUNTIMES[runtime](path, runtime, options or {}, self.checkpoint.config)
 
-    def cells(
-        self,
-        path: Path,
-        runtime: str = "ort-cpu",
-        modes: tuple[CacheMode, ...] = ("off", "on"),
-        batch_size: int | None = None,
-    ) -> dict[str, Cell]:
-        """The cells of one export, by cache mode."""
-        request = Request(self.prompts, self.max_new_tokens, modes, batch_size)
-        comparison = Comparison(Reference(self.checkpoint), request, Notes(), self.reference)
+    def cells(self, path: Path, runtime: str = "ort-cpu", **request: Any) -> dict[str, Cell]:
+        """The cells of one export, by cache mode; `request` is what `Request` is given besides the prompts."""
+        asked = Request(self.prompts, self.max_new_tokens, **request)
+        comparison = Comparison(self.checkpoint, asked, Notes(), self.reference)
         return {cell.cache: cell for cell in comparison.cells(self.open(path, runtime))}

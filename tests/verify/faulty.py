@@ -106,6 +106,17 @@ def positions_by_slot_then_by_count(at: Scope, config: Config, position_ids_BT: 
     return MODULES.rope_table(at, config, positions_BT)
 
 
+def positions_of_row_0(at: Scope, config: Config, position_ids_BT: str) -> RopeTable:
+    """Every row turns by the positions of row 0."""
+    return MODULES.rope_table(at, config, at("Gather", position_ids_BT, at.constant("row_0", [0]), axis=0))
+
+
+def mask_of_row_0(at: Scope, input_ids_BT: str, attention_mask_BS: str, window: int | None) -> str:
+    """Every row sees the slots that row 0 may see."""
+    mask_1S = at("Gather", attention_mask_BS, at.constant("row_0", [0]), axis=0)
+    return MODULES.attention_mask(at, input_ids_BT, mask_1S, window)
+
+
 def swap_keys_and_values_given(model: onnx.ModelProto) -> None:
     """Gives out keys as values and values as keys, having used them rightly."""
     layers = sum(output.name.endswith(".key") for output in model.graph.output)
@@ -158,6 +169,12 @@ def keep_last_logits(model: onnx.ModelProto) -> None:
     model.graph.initializer.extend(numpy_helper.from_array(np.array([end]), name) for name, end in ends.items())
     model.graph.node.append(helper.make_node("Slice", ["all_logits", "minus_one", "far", "tokens"], ["logits"]))
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "last"
+
+
+def take_two_rows(model: onnx.ModelProto) -> None:
+    """Declares that a batch has two rows."""
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
 
 
 def changed_weight(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[ReadWeight], ReadWeight]:

@@ -21,6 +21,8 @@ CELL: Mapping[str, Any] = {
     "cache": str,
     "settings": {"requested": dict, "effective": dict},
     "verdict": str,
+    "batching": str,
+    "batch_size": int,
     "tokens": (type(None), dict),
     "noise_ratio": (type(None), dict),
     "seconds": (type(None), dict),
@@ -45,6 +47,7 @@ def check_fields(report: Mapping[str, Any]) -> None:
         _check(cell, CELL, "cell")
         assert cell["verdict"] in VERDICTS
         assert cell["cache"] in ("on", "off")
+        assert cell["batching"] in ("static", "dynamic", "continuous")
         parts = {"tokens": TOKENS, "noise_ratio": NOISE_RATIO, "seconds": SECONDS}
         for name, fields in parts.items():
             assert (cell[name] is None) == (cell["verdict"] == "no-verdict"), name

@@ -14,7 +14,7 @@ from tests.checkpoints import write_checkpoint
 from tests.verify import faulty
 from tests.verify.comparing import Compared, Notes
 from tests.verify.faulty import changed_weight, exchanged_layers, only_in, scaled_attention, windowed, write_faulty
-from verify.compare import Comparison, Request, is_padded, not_revealed, notes_on
+from verify.compare import Comparison, Request, not_revealed, notes_on
 from verify.export.modules import MODULES
 from verify.reference import Reference
 from verify.report.result import Cell, Exported, Model, Report
@@ -168,14 +168,15 @@ def test_of_two_tokens_as_good_as_each_other_either_is_right(rivals, tmp_path, f
 
 def test_a_run_asks_the_reference_once_for_all_its_cells(tiny, compared, clean):
     progress = Notes()
-    comparison = Comparison(Reference(tiny), Request(compared.prompts, 2), progress)
+    comparison = Comparison(tiny, Request(compared.prompts, 2), progress)
     first = comparison.cell(compared.open(clean), "off")
-    kept = comparison.reference_run
+    (kept,) = comparison.reference_runs.values()
     second = comparison.cell(compared.open(clean), "on")
-    assert comparison.reference_run is kept
+    assert list(comparison.reference_runs.values()) == [kept]
     assert (first.verdict, second.verdict) == ("equal", "equal")
-    assert [what for what, _ in progress.begun] == ["ort-cpu, cache off", "ort-cpu, cache on"]
-    assert {steps for _, steps in progress.begun} == {6}
+    assert [what for what, _ in progress.begun].count("reading the checkpoint in float64") == 1
+    runs = [(what, steps) for what, steps in progress.begun if what.startswith("ort-cpu")]
+    assert runs == [("ort-cpu, cache off", 6), ("ort-cpu, cache on", 6)]
     assert progress.steps == 12
 
 
@@ -213,7 +214,7 @@ def test_an_export_that_cannot_be_padded_is_run_one_by_one_and_the_report_says_s
     ],
 )
 def test_the_verdict_on_all_is_the_worst_and_decides_the_exit_code(compared, verdicts, worst, code):
-    cells = {str(place): Cell("ort-cpu", "on", {}, verdict, 1) for place, verdict in enumerate(verdicts)}
+    cells = {str(place): Cell("ort-cpu", "on", {}, verdict, "static", 1) for place, verdict in enumerate(verdicts)}
     report = report_of(cells, compared)
     assert (report.verdict, report.exit_code) == (worst, code)
 
@@ -233,11 +234,3 @@ def test_what_the_prompts_could_not_have_shown_is_said(tiny):
     assert hidden([[1] * 64, [1]], 2, padded=True) == always
     assert hidden([[1] * 64, [1]], 1, padded=True, modes=("off",)) == always | {"sliding-window"}
     assert not_revealed(tiny.config, Request([[1, 2], [1]], 2), padded=True) == []
-
-
-@pytest.mark.parametrize(
-    ("lengths", "batch_size", "padded"),
-    [([3, 3], 2, False), ([3, 4], 2, True), ([3, 4], 1, False), ([3, 3, 5, 5], 2, False), ([3, 5, 5, 3], 3, True)],
-)
-def test_a_batch_is_padded_where_lengths_differ_in_it(lengths, batch_size, padded):
-    assert is_padded(Request([[1] * length for length in lengths], 1), batch_size) == padded

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refengine.tokens import left_padded
 from tests.verify.declared import (
     CONFIG,
     H,
@@ -18,8 +19,9 @@ from tests.verify.declared import (
     presents,
     without,
 )
+from verify.candidates import Past
 from verify.errors import NoVerdict
-from verify.feeds import feed, next_past
+from verify.feeds import feed, merge, next_past, select
 from verify.interface import Declared, interface_of
 
 ONE = np.array([[4]])  # one row of one token
@@ -153,3 +155,49 @@ def test_a_present_of_another_dtype_than_the_past_is_refused():
     interface = cached_interface()
     with pytest.raises(NoVerdict, match="key_0: expected float32, as past_key_0 declares, found float16"):
         next_past(interface, presents(interface, 1, dtype="float16"), np.array([[0]]))
+
+
+def rows_of(lengths: list[int], first: int = 0) -> Past:
+    """A past of rows of these lengths, in which no two values are equal; numbered from `first`."""
+    positions_BS = left_padded([[0] * length for length in lengths])[1]
+    of_row = 1000.0 * np.arange(first, first + len(lengths))[:, None, None, None]
+    vectors = of_row + 10 * (positions_BS[:, None, :, None] + 1) + np.arange(K * H).reshape(K, 1, H) / (K * H)
+    vectors = np.where(positions_BS[:, None, :, None] < 0, 0, vectors).astype(np.float32)
+    return Past({"key": vectors, "value": -vectors}, positions_BS)
+
+
+def assert_row_is(past: Past, place: int, alone: Past) -> None:
+    """A row is what it is alone, behind empty slots."""
+    empty = past.positions_BS.shape[1] - alone.positions_BS.shape[1]
+    np.testing.assert_array_equal(past.positions_BS[place], [-1] * empty + alone.positions_BS[0].tolist())
+    for name, array in past.arrays.items():
+        np.testing.assert_array_equal(array[place, :, empty:], alone.arrays[name][0])
+        assert not array[place, :, :empty].any()
+        assert array.dtype == np.float32
+
+
+some_lengths = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+@given(mine=some_lengths, theirs=some_lengths, data=st.data())
+def test_a_row_is_what_it_is_alone_whoever_joins_and_leaves(mine, theirs, data):
+    merged = merge(rows_of(mine), rows_of(theirs, first=len(mine)))
+    lengths = mine + theirs
+    assert merged.positions_BS.shape == (len(lengths), max(lengths))
+    chosen = data.draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, unique=True))
+    selected = select(merged, chosen)
+    assert selected.positions_BS.shape == (len(chosen), max(lengths[row] for row in chosen))
+    for past, rows in ((merged, range(len(lengths))), (selected, chosen)):
+        for place, row in enumerate(rows):
+            assert_row_is(past, place, rows_of([lengths[row]], first=row))
+
+
+def test_merging_and_selecting_leave_what_they_were_given_as_it_was():
+    first, second = rows_of([2, 3]), rows_of([5], first=2)
+    merged = merge(first, second)
+    selected = select(merged, [0, 1])
+    for past in (merged, selected):
+        assert not any(np.shares_memory(past.arrays[name], first.arrays[name]) for name in first.arrays)
+    assert not np.shares_memory(selected.arrays["key"], merged.arrays["key"])
+    for place, length in enumerate([2, 3]):
+        assert_row_is(first, place, rows_of([length], first=place))

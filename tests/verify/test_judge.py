@@ -21,7 +21,7 @@ def reference(compared) -> ReferenceRun:
 @pytest.fixture(scope="module")
 def run(compared, clean) -> CandidateRun:
     """An honest run: three rows, with the cache."""
-    return run_candidate(compared.open(clean), compared.prompts, compared.max_new_tokens, use_cache=True, batch_size=3)
+    return run_candidate(compared.open(clean), compared.prompts, [(0, 1, 2)] * compared.max_new_tokens, use_cache=True)
 
 
 def with_logits(run: CandidateRun, row: int, position: int, change: Change) -> CandidateRun:

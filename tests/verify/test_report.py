@@ -43,11 +43,11 @@ def cell(
     providers = {"OpenVINOExecutionProvider": {"nodes": 748}, "CPUExecutionProvider": {"nodes": 0}}
     tokens = Tokens(512, 512 - ties - (first is not None), ties, first)
     settings = {"requested": {}, "effective": {"providers": providers}}
-    return Cell(runtime, cache, settings, verdict, 8, tokens, ratio or noise(), Seconds(123.45, 0.6))
+    return Cell(runtime, cache, settings, verdict, "static", 8, tokens, ratio or noise(), Seconds(123.45, 0.6))
 
 
 def without_verdict(reason: str, runtime: str = "ort-openvino") -> Cell:
-    return Cell(runtime, "off", {"requested": {}, "effective": {}}, "no-verdict", 8, reason=reason)
+    return Cell(runtime, "off", {"requested": {}, "effective": {}}, "no-verdict", "static", 8, reason=reason)
 
 
 def report(*cells: Cell, path: str = "models/tiny", **more: tuple[str, ...]) -> Report:
@@ -170,6 +170,18 @@ def test_figures_come_after_and_say_who_ran_what_and_what_was_not_revealed():
     ):
         assert words in text
     assert "CPUExecutionProvider" not in text  # it ran none
+
+
+def test_how_many_rows_were_decoded_at_a_time_is_said_with_their_batching_unless_it_is_static():
+    dynamic, continuous = (replace(cell(), batching=batching) for batching in ("dynamic", "continuous"))
+    one = replace(cell(), batch_size=1)
+    for cells, words in (
+        ([cell()], "8, 64 new tokens each, 8 at a time"),
+        ([dynamic, dynamic], "8, 64 new tokens each, 8 at a time in dynamic batches"),
+        ([continuous, one], "8, 64 new tokens each, 1 at a time or 8 at a time in continuous batches"),
+    ):
+        (line,) = [line for line in printed(report(*cells), width=99).splitlines() if line.startswith("prompts ")]
+        assert line.removeprefix("prompts").strip() == words
 
 
 def test_colours_are_for_terminals_alone():

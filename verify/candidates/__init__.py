@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from verify.expect import Expectation
 from verify.interface import Interface
 
 
@@ -46,11 +47,22 @@ class Candidate(Protocol):
     settings: Settings
 
     @property
+    def expectation(self) -> Expectation:
+        """What its own settings say that it computes."""
+
+    @property
     def can_pad_left(self) -> bool:
-        """Whether a batch of ragged rows can be fed with padding in front."""
+        """Whether ragged rows can be fed together: padding in front, and in a past that rows join and leave."""
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether its past is handed over, so that rows can join and leave."""
 
     def run(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray, past: Past | None = None) -> Step:
         """Feeds new tokens (position -1 is left padding), after `past` if there is one.
 
         Raises NoVerdict when the runtime fails.
         """
+
+    def caches(self, past: Past) -> Mapping[str, np.ndarray]:
+        """Keys and values after the last step, `x_BKSH` by trace point; none that the runtime does not show."""

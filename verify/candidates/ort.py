@@ -16,7 +16,8 @@ from verify.candidates import Past, Settings, Step
 from verify.candidates.explain import in_words
 from verify.candidates.onnx_file import OnnxFile, describe
 from verify.errors import NoVerdict, RuntimeMissing
-from verify.feeds import feed, next_past
+from verify.expect import EXACT
+from verify.feeds import caches, check_logits, feed, next_past
 from verify.interface import Interface, check_same_model, interface_of
 
 CPU = "CPUExecutionProvider"
@@ -36,6 +37,9 @@ ERROR, FATAL = 3, 4  # severities of log messages
 
 class OrtCandidate:
     """An ONNX export in one ONNX Runtime session; made by `open`."""
+
+    expectation = EXACT
+    can_merge = True
 
     def __init__(
         self,
@@ -107,12 +111,16 @@ class OrtCandidate:
         try:
             fed = feed(self.interface, token_ids_BT, positions_BT, past)
             given = dict(zip(names, self._session.run(names, fed), strict=True))
-            _check_logits(given["logits"], token_ids_BT.shape, self.interface.vocab_size)
+            check_logits(given["logits"], token_ids_BT.shape, self.interface.vocab_size)
             kept = next_past(self.interface, given, positions_BT, past) if self.interface.has_cache else None
         except failures as error:
             words = in_words(str(error), self._config)
             raise NoVerdict(f"{self.path}: {self.runtime} failed: {words}") from error
         return Step(np.array(given["logits"]), kept)
+
+    def caches(self, past: Past) -> dict[str, np.ndarray]:
+        """Keys and values that the last step gave, `x_BKSH` by trace point."""
+        return caches(self.interface, past)
 
 
 def open_session(
@@ -202,14 +210,6 @@ def _is_invalid_file(error: Exception) -> bool:
     if "No Op registered" in str(error) or "is not a registered function/op" in str(error):
         return False  # an operator that this version of the runtime does not have
     return isinstance(error, state.InvalidProtobuf | state.InvalidGraph) or "Invalid model." in str(error)
-
-
-def _check_logits(logits: np.ndarray, shape_BT: tuple[int, ...], vocab_size: int | None) -> None:
-    rows, tokens = shape_BT
-    if logits.shape not in ((rows, tokens, vocab_size), (rows, 1, vocab_size)):
-        raise NoVerdict(
-            f"logits: expected shape {(rows, tokens, vocab_size)} (rows, new tokens, vocabulary), found {logits.shape}"
-        )
 
 
 def _refuse_bfloat16(file: OnnxFile) -> None:

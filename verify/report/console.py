@@ -44,7 +44,9 @@ def _verdict(report: Report) -> str:
         ties = sum(cell.tokens.ties for cell in report.cells if cell.tokens)
         tied = f" ({ties} of them ties within the noise)" if ties else ""
         whose = f"all {compared} tokens of {len(report.cells)} runs are the checkpoint's{tied}"
-        return f"{whose}, and the logits are honest float32"
+        caches = sorted({cell.expect for cell in report.cells} - {"float32"})
+        expected = f", with the cache that is expected ({', '.join(caches)})" if caches else ""
+        return f"{whose}, and the logits are honest float32{expected}"
     where = ", ".join(
         f"{cell.runtime} with cache {cell.cache}" for cell in report.cells if cell.verdict == report.verdict
     )
@@ -90,8 +92,11 @@ def _print_subject(report: Report, console: Console) -> None:
         "candidate",
         f"{escape(report.candidate.path)} ({escape(report.candidate.exporter)}, sha256 {report.candidate.sha256[:12]})",
     )
-    rows = " or ".join(str(size) for size in sorted({cell.batch_size for cell in report.cells}))
-    lines.add_row("prompts", f"{report.prompts}, {report.max_new_tokens} new tokens each, {rows} at a time")
+    batches = sorted({(cell.batch_size, cell.batching) for cell in report.cells})
+    rows = " or ".join(
+        f"{size} at a time{'' if batching == 'static' else f' in {batching} batches'}" for size, batching in batches
+    )
+    lines.add_row("prompts", f"{report.prompts}, {report.max_new_tokens} new tokens each, {rows}")
     seconds = sum(cell.seconds.reference for cell in report.cells if cell.seconds)
     lines.add_row("reference", f"{seconds:.1f} seconds in all; those of the candidate are below")
     console.print(lines)

@@ -76,17 +76,22 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Cell:
-    """One runtime in one cache mode. Where there is no verdict, `reason` says why and the figures are None."""
+    """One runtime in one cache mode, at most `batch_size` rows at a time.
+
+    Where there is no verdict, `reason` says why and the figures are None.
+    """
 
     runtime: str
     cache: Literal["on", "off"]
     settings: Mapping[str, Mapping[str, Any]]
     verdict: Verdict
+    batching: Literal["static", "dynamic", "continuous"]
     batch_size: int
     tokens: Tokens | None = None
     noise_ratio: NoiseRatio | None = None
     seconds: Seconds | None = None
     reason: str | None = None
+    expect: str = "float32"  # what it was held against
 
 
 @dataclass(frozen=True)
