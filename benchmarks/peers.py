@@ -1,8 +1,6 @@
 """What the benchmarks measure against, driven as users drive it, and the alternation that makes a ratio fair."""
 
 import multiprocessing
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +12,7 @@ import onnxruntime
 
 from refengine import Weights, forward, open_checkpoint
 from refengine.generate import new_cache
+from verify.bench.machine import machine as machine
 
 
 class RefEngine:
@@ -129,14 +128,3 @@ def _next(connection: Connection) -> tuple[Callable[..., float], tuple] | None:
         return connection.recv()
     except EOFError:  # the other side has ended
         return None
-
-
-def machine() -> str:
-    """One line that says where figures come from."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    cores = f"{len(names)} cores of {names[0]}" if names else platform.processor()
-    kernels = os.environ.get("OPENBLAS_CORETYPE", "chosen by itself")
-    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, ONNX Runtime {onnxruntime.__version__}"
-    return f"{cores}, {versions}, OpenBLAS kernels {kernels}"

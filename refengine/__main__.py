@@ -12,7 +12,7 @@ from refengine.cost_table import add_cost
 from refengine.errors import InputError
 from refengine.generate import generate
 from refengine.generate_many import POLICIES, generate_many
-from refengine.quant import CALIBRATED, SCHEMES, scheme_for
+from refengine.quant import CALIBRATED, SCHEMES, ops_for, scheme_for
 from refengine.tokenizer import encode_prompt, load_tokenizer
 from refengine.weights import Weights
 
@@ -90,7 +90,7 @@ def _generate(options: argparse.Namespace) -> int:
     weights = Weights.open(checkpoint, resident=not options.streamed)
     scheme = scheme_for(options.kv_cache, weights, [prompt])
     printer = _Printer(tokenizer)
-    generate(weights, [prompt], options.max_new_tokens, scheme=scheme, on_token=printer)
+    generate(weights, [prompt], options.max_new_tokens, scheme=scheme, ops=ops_for(scheme), on_token=printer)
     printer.finish()
     return 0
 

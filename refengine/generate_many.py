@@ -10,7 +10,7 @@ from refengine.batching import CONTINUOUS, DYNAMIC, STATIC, Batching, NewToken, 
 from refengine.checkpoint import open_checkpoint
 from refengine.errors import InputError, RequestError
 from refengine.prompts import read_prompts
-from refengine.quant import scheme_for
+from refengine.quant import ops_for, scheme_for
 from refengine.requests import Limits, check_request
 from refengine.tokenizer import encode_prompt, load_tokenizer
 from refengine.weights import Weights
@@ -39,7 +39,7 @@ def generate_many(options: argparse.Namespace) -> None:
     if not accepted:
         raise InputError("; ".join(refused))
     scheme = scheme_for(options.kv_cache, weights, list(accepted.values())[: options.batch_size])
-    batching = Batching(weights, POLICIES[options.batching], limits, scheme=scheme)
+    batching = Batching(weights, POLICIES[options.batching], limits, scheme=scheme, ops=ops_for(scheme))
     for number, prompt in accepted.items():
         batching.add_request(prompt, options.max_new_tokens, id=number)
     clock = _Clock()

@@ -7,12 +7,13 @@ import ml_dtypes
 import numpy as np
 
 from refengine.calibration import Calibration, calibrated
-from refengine.codecs.ggml import ggml
+from refengine.codecs.ggml import Turned, ggml, ggml_ops
 from refengine.codecs.huggingface import kivi, quantized_cache
 from refengine.codecs.openvino import openvino, openvino_float16, openvino_turbo
 from refengine.codecs.ours import integers, keys_by_channel
 from refengine.codecs.static import Static
 from refengine.errors import InputError
+from refengine.ops import OPS, Ops
 from refengine.scheme import FLOAT32, Scheme, both, stored_as
 from refengine.tokens import left_padded
 from refengine.weights import Weights
@@ -87,3 +88,8 @@ def scheme_for(name: str, weights: Weights, prompts: Sequence[Sequence[int]]) ->
     if name not in SCHEMES:
         raise InputError(f"KV cache: expected one of {', '.join([*SCHEMES, *CALIBRATED])}, found {name!r}")
     return SCHEMES[name]
+
+
+def ops_for(scheme: Scheme, ops: Ops = OPS) -> Ops:
+    """These operators, but with the attention that goes with a scheme: ggml's quantises the query too."""
+    return ggml_ops(scheme, ops) if isinstance(scheme.keys.codec, Turned) else ops

@@ -71,4 +71,4 @@ FLOAT32 = stored_as(np.float32)
 def check_scheme(config: Config, scheme: Scheme) -> None:
     """Raises InputError when a scheme cannot store the heads of this model."""
     for side in (scheme.keys, scheme.values):
-        side.store(0, 0, config.num_key_value_heads, config.head_dim)
+        side.store(0, 1, config.num_key_value_heads, config.head_dim)

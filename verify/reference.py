@@ -16,6 +16,7 @@ from refengine.generate import generate
 from refengine.kvcache import KVCache
 from refengine.model import forward
 from refengine.ops import OPS, Ops
+from refengine.quant import ops_for
 from refengine.scheme import Scheme, stored_as
 from refengine.tokens import left_padded
 from refengine.weights import Weights
@@ -100,12 +101,13 @@ class Reference:
         weights = Weights.open(self.checkpoint, np.float64)
         endless = replace(weights, config=replace(weights.config, eos_token_id=()))
         self.on_progress("the reference in float64")
-        tokens = guess or generate(endless, prompts, max_new_tokens, scheme=self.scheme)
-        logits_PV, caches = _pass(endless, prompts, tokens, self.scheme)
+        ops = OPS if self.scheme is None else ops_for(self.scheme)
+        tokens = guess or generate(endless, prompts, max_new_tokens, scheme=self.scheme, ops=ops)
+        logits_PV, caches = _pass(endless, prompts, tokens, self.scheme, ops)
         if chosen(logits_PV, prompts, tokens) != [list(row) for row in tokens]:
             self.on_progress("the reference decodes its own tokens in float64")
-            tokens = generate(endless, prompts, max_new_tokens, scheme=self.scheme)
-            logits_PV, caches = _pass(endless, prompts, tokens, self.scheme)
+            tokens = generate(endless, prompts, max_new_tokens, scheme=self.scheme, ops=ops)
+            logits_PV, caches = _pass(endless, prompts, tokens, self.scheme, ops)
         return self._with_noise(prompts, tokens, logits_PV, caches)
 
     def _with_noise(
@@ -114,7 +116,8 @@ class Reference:
         weights = Weights.open(self.checkpoint, np.float32)
         flips_P = np.zeros(len(logits64_PV))
         errors: dict[str, list[np.ndarray]] = {"lm_head": [], **{name: [] for name in caches64}}
-        for order, ops in orders_for(len(logits64_PV)).items():
+        for order, others in orders_for(len(logits64_PV)).items():
+            ops = others if self.scheme is None else ops_for(self.scheme, others)
             self.on_progress(f"the reference in float32 ({order})")
             logits_PV, caches = _pass(weights, prompts, tokens, self.scheme, ops)
             difference_PV = logits_PV - logits64_PV
@@ -142,7 +145,7 @@ def step_slices(prompts: Rows, tokens: Rows) -> list[slice]:
 
 
 def _pass(
-    weights: Weights, prompts: Rows, tokens: Rows, scheme: Scheme | None, ops: Ops = OPS
+    weights: Weights, prompts: Rows, tokens: Rows, scheme: Scheme | None, ops: Ops
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits, and keys and values by trace point, at every position of every row, rows one after the other."""
     token_ids_BT, positions_BT = left_padded(

@@ -30,7 +30,7 @@ def outward_symmetric(x_XG: np.ndarray, levels: int) -> tuple[np.ndarray, np.nda
 def openvino_by_token(x_XG: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The zero point is a float, `x = (code - zero) * scale`, and values are scaled in a fused multiply-add.
 
-    What is left when a group is cut in sixteens is divided instead, as in the plugin's code for AVX-512.
+    What is left when a group is cut in sixteens, as for AVX-512, is divided instead, and not clipped.
 
     Source: OpenVINO, src/plugins/intel_cpu/src/nodes/kernels/scaled_attn/attn_quant_kernel.hpp, 2026.4.
     """
@@ -38,7 +38,10 @@ def openvino_by_token(x_XG: np.ndarray, levels: int) -> tuple[np.ndarray, np.nda
     scale_X, zero_X = _openvino_params(_range(x_XG, lowest_X) / np.float32(levels), lowest_X)
     codes_XG = _fused(x_XG, scale_X, zero_X, levels)
     rest = slice(x_XG.shape[-1] // 16 * 16, None)
-    codes_XG[..., rest] = _divided(x_XG[..., rest], scale_X, zero_X, levels)
+    rest_XR = _divided(x_XG[..., rest], scale_X, zero_X)
+    if levels == 15:  # what is too large for the low half of a byte runs into the high one
+        rest_XR[..., 0::2] |= rest_XR[..., 1::2] >> 4
+    codes_XG[..., rest] = rest_XR & levels
     return codes_XG, scale_X, zero_X
 
 
@@ -54,7 +57,7 @@ def openvino_by_channel(x_XHG: np.ndarray, levels: int) -> tuple[np.ndarray, np.
     scale_XH[..., rest] /= np.float32(levels)
     scale_XH, zero_XH = _openvino_params(scale_XH, lowest_XH)
     codes_XHG = _fused(x_XHG, scale_XH, zero_XH, levels)
-    codes_XHG[..., rest, :] = _divided(x_XHG[..., rest, :], scale_XH[..., rest], zero_XH[..., rest], levels)
+    codes_XHG[..., rest, :] = _divided(x_XHG[..., rest, :], scale_XH[..., rest], zero_XH[..., rest]) & levels
     return codes_XHG, scale_XH, zero_XH
 
 
@@ -167,10 +170,10 @@ def _fused(x_XG: np.ndarray, scale_X: np.ndarray, zero_X: np.ndarray, levels: in
     return np.clip(np.rint(np.where(np.isfinite(steps_XG), steps_XG, 0)), 0, levels)
 
 
-def _divided(x_XG: np.ndarray, scale_X: np.ndarray, zero_X: np.ndarray, levels: int) -> np.ndarray:
-    """Halves are rounded up."""
-    steps_XG = x_XG / scale_X[..., None] + zero_X[..., None]
-    return np.clip(np.floor(steps_XG.astype(np.float64) + 0.5), 0, levels)
+def _divided(x_XG: np.ndarray, scale_X: np.ndarray, zero_X: np.ndarray) -> np.ndarray:
+    """Bytes. Halves go away from zero, and of what is no byte the lowest eight bits are taken, as by C's cast."""
+    steps_XG = (x_XG / scale_X[..., None] + zero_X[..., None]).astype(np.float64)
+    return np.mod(np.trunc(steps_XG + np.copysign(0.5, steps_XG)), 256).astype(np.uint8)
 
 
 def _codes(x_XG: np.ndarray, scale_X: np.ndarray, lowest: int, highest: int) -> np.ndarray:

@@ -106,8 +106,10 @@ def quantized_cache(
     Raises:
         InputError: no such backend, bits, or axis; or a residual that is too short to wait.
     """
-    if (backend, bits) not in {(name, n) for name in ("quanto", "hqq") for n in (2, 4)} | {("hqq", 8)}:
-        raise InputError(f"KV cache: expected quanto with 2 or 4 bits, or hqq with 2, 4 or 8, found {backend!r} with {bits}")
+    if bits not in {"quanto": (2, 4), "hqq": (2, 4, 8)}.get(backend, ()):
+        raise InputError(
+            f"KV cache: expected quanto with 2 or 4 bits, or hqq with 2, 4 or 8, found {backend} with {bits}"
+        )
     if residual_length < 2:
         raise InputError(f"KV cache: expected a residual length of 2 or more, found {residual_length}")
     flow = Flow(residual=residual_length, leaving="again", newest_counts=newest_counts)

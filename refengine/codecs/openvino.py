@@ -40,10 +40,13 @@ def openvino(
             stands; 0 is by token.
 
     Raises:
-        InputError: other bits, or a number of tokens that is not 2, 4, 8, ... 256.
+        InputError: other bits, a number of tokens that is not 2, 4, 8, ... 256, or 4 bits in groups of odd size.
     """
     if not {key_bits, value_bits} <= {4, 8}:
         raise InputError(f"KV cache: OpenVINO's codes: expected 4 or 8 bits, found {key_bits} and {value_bits}")
+    for bits, group in ((key_bits, key_group), (value_bits, value_group)):
+        if bits == 4 and group and group % 2:
+            raise InputError(f"KV cache: OpenVINO's codes of 4 bits: expected an even group size, found {group}")
     keys = Affine(openvino_by_token, key_bits, key_group, high_first=True)
     if by_channel:
         keys = ByChannel(openvino_by_channel, key_bits, tokens=by_channel, high_first=True)

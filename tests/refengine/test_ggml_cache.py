@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from refengine.codecs.ggml import TYPES, Rotated, ggml, ggml_ops, hadamard
+from refengine.codecs.ggml import TYPES, ggml, ggml_ops, hadamard, halves, interleaved
 from refengine.codecs.packing import pack_blocks, unpack_blocks
 from refengine.config import Config
 from refengine.errors import CacheError, InputError
@@ -85,23 +85,30 @@ def test_the_rotation_is_by_sylvesters_matrix_and_is_its_own_inverse(size: int) 
     np.testing.assert_allclose(hadamard(hadamard(x_XH, size), size), x_XH, atol=1e-14)
 
 
-def test_keys_are_rotated_as_widely_as_their_head_allows_and_values_by_64() -> None:
+def test_keys_are_reordered_and_rotated_as_widely_as_their_head_allows_and_values_rotated_by_64() -> None:
     x_BKTH = np.random.default_rng(2).standard_normal((1, 2, 3, 128)).astype(np.float32)
     scheme = ggml("q4_0", "q5_1", rotated=True)
-    for storage, name, size in ((scheme.keys, "q4_0", 128), (scheme.values, "q5_1", 64)):
-        found, expected = storage.codec.encode(x_BKTH), TYPES[name].encode(hadamard(x_BKTH, size))
-        for ours, plain in zip(found, expected, strict=True):
+    there = hadamard(interleaved(x_BKTH), 128), hadamard(x_BKTH, 64)
+    for storage, name, turned in zip((scheme.keys, scheme.values), ("q4_0", "q5_1"), there, strict=True):
+        for ours, plain in zip(storage.codec.encode(x_BKTH), TYPES[name].encode(turned), strict=True):
             np.testing.assert_array_equal(ours, plain)
-        back = hadamard(TYPES[name].decode(expected, np.dtype(np.float32)), size)
-        np.testing.assert_array_equal(storage.codec.decode(found, np.dtype(np.float32)), back)
+    float32 = np.dtype(np.float32)
+    back = halves(hadamard(TYPES["q4_0"].decode(TYPES["q4_0"].encode(there[0]), float32), 128))
+    np.testing.assert_array_equal(scheme.keys.codec.decode(scheme.keys.codec.encode(x_BKTH), float32), back)
 
 
-def test_a_rotated_outlier_spoils_its_neighbours_less() -> None:
+def test_dimensions_that_turn_together_become_neighbours_and_halves_undoes_it() -> None:
+    x_XH = np.arange(16).reshape(2, 8)
+    assert interleaved(x_XH)[0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    np.testing.assert_array_equal(halves(interleaved(x_XH)), x_XH)
+
+
+def test_an_outlier_spoils_its_neighbours_less_when_rotated() -> None:
     x_BKTH = np.random.default_rng(3).standard_normal((1, 2, 50, 64)).astype(np.float32)
     x_BKTH[..., 5] *= 30
-    plain, rotated = TYPES["q4_0"], Rotated(TYPES["q4_0"])
-    spoilt = [np.square(codec.decode(codec.encode(x_BKTH), np.dtype(np.float32)) - x_BKTH) for codec in (plain, rotated)]
-    assert spoilt[1].mean() < spoilt[0].mean() / 3
+    codecs = [ggml("q4_0", "q4_0", rotated).values.codec for rotated in (False, True)]
+    spoilt = [np.square(codec.decode(codec.encode(x_BKTH), x_BKTH.dtype) - x_BKTH).mean() for codec in codecs]
+    assert spoilt[1] < spoilt[0] / 3
 
 
 def dot(name: str, key_bytes: np.ndarray, q_H: np.ndarray) -> float:
@@ -131,11 +138,11 @@ def test_attention_has_the_scores_of_a_query_in_blocks(name: str, rotated: bool)
     k_BKSH, v_BKSH, positions_BS = cache.update(0, k_BKTH, k_BKTH, np.arange(tokens)[None])
     y_BTNH = ggml_ops(scheme).attend(q_BTNH, k_BKSH, v_BKSH, np.full((1, 3), tokens), positions_BS, None)
 
-    turn = hadamard if rotated else lambda x, size: x
-    key_bytes = gguf.quants.quantize(turn(k_BKTH, 64)[0], gguf_type(name))
+    width = head_dim if rotated else 1
+    key_bytes = gguf.quants.quantize(hadamard(interleaved(k_BKTH[0]), width), gguf_type(name))
     values = np.asarray(v_BKSH, np.float64)[0]
     for t, n in np.ndindex(3, 2 * heads):
-        q_H = turn(q_BTNH[0, t, n], 64)
+        q_H = hadamard(interleaved(q_BTNH[0, t, n]), width)
         scores_S = np.array([dot(name, key_bytes[n // 2, s], q_H) for s in range(tokens)]) * head_dim**-0.5
         weights_S = np.exp(scores_S - scores_S.max())
         expected = weights_S / weights_S.sum() @ values[n // 2]
@@ -178,5 +185,3 @@ def test_a_scale_beyond_float16_is_refused(name: str) -> None:
     x_BKTH[..., 3:5] = 3e8, -3e8
     with pytest.raises(CacheError, match="float16"):
         TYPES[name].encode(x_BKTH)
-
-

@@ -103,8 +103,8 @@ def test_a_value_comes_back_within_half_a_step(bits: int, tokens: int, seed: int
 @pytest.mark.parametrize("value", [0.0, 3.25, 1e-20, -1e4])
 def test_a_constant_comes_back(name: str, value: float) -> None:
     x_BKSH = np.full((1, HEADS, 40, HEAD_DIM), value, np.float32)
-    if value == -1e4 and name == "fp8":
-        return  # beyond what its scale of one reaches
+    if value == -1e4 and name in {"fp8", "ggml-q4_1-rotated", "ggml-q5_1-rotated"}:
+        return  # beyond what a scale of one reaches; eight times that, where a constant is rotated, is beyond float16
     for read in filled(SCHEMES[name], x_BKSH, [33, 7]).read(0, np.float32):
         np.testing.assert_allclose(read, x_BKSH, rtol=0.08, atol=1e-6)
 
