@@ -131,8 +131,10 @@ class KVCache:
     def _add(self, store: Store, x_BKTH: np.ndarray) -> Vectors:
         """Stores new vectors; returns what attention reads."""
         store.append(x_BKTH, self._newest_BT >= 0)
-        as_they_came = self._first_pass and 0 < self.scheme.first_pass_raw <= x_BKTH.shape[2]
-        x_BKSH = x_BKTH if as_they_came else store.read(x_BKTH.dtype)
+        x_BKSH = store.read(x_BKTH.dtype)
+        if self._first_pass and self.scheme.first_pass_raw:
+            raw_B = (self._newest_BT >= 0).sum(axis=1) >= self.scheme.first_pass_raw
+            x_BKSH = x_BKTH if raw_B.all() else np.where(raw_B[:, None, None, None], x_BKTH, x_BKSH)
         store.settle()
         return x_BKSH
 

@@ -41,8 +41,8 @@ class Scheme:
     """How a cache stores keys and values.
 
     Attributes:
-        first_pass_raw: a pass of at least so many tokens that finds the cache empty attends to keys and values as they
-            came; every other pass reads what is stored, its own tokens too. 0: every pass does.
+        first_pass_raw: a row with at least so many tokens in a pass that finds the cache empty attends to keys and
+            values as they came; whatever else is attended to is what is stored, a pass's own tokens too. 0: no row does.
     """
 
     keys: Storage

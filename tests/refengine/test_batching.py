@@ -1,24 +1,19 @@
 """Whoever is decoded together: each request gets the tokens, and the logits, that it gets alone without a cache."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refengine.batching import CONTINUOUS, DYNAMIC, STATIC, Batching, NewToken, Policy, complete
+from refengine.batching import CONTINUOUS, DYNAMIC, STATIC, Batching, complete
 from refengine.errors import RequestError
-from refengine.generate import generate
 from refengine.requests import Limits
-from refengine.tokens import left_padded
 from refengine.weights import Weights
-from tests.refengine.rewrites import Run, is_noise, trained
-from tests.refengine.strategies import BOUND, VOCABULARY, one_shot, opened, relative_error, written
+from tests.refengine.sessions import PLENTY, Session, alone_of, session
+from tests.refengine.strategies import VOCABULARY, opened, written
 
 POLICIES = pytest.mark.parametrize("policy", [STATIC, DYNAMIC, CONTINUOUS], ids=["static", "dynamic", "continuous"])
-PLENTY = Limits(max_batch_size=100)
 LONGEST = 26  # prompt and new tokens of the longest request below
 
 limits = st.builds(
@@ -28,83 +23,6 @@ limits = st.builds(
     max_prefill_tokens=st.integers(1, 20),
 )
 requests = st.tuples(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=16), st.integers(1, 10))
-Requests = list[tuple[list[int], int]]
-
-
-class Watched(Batching):
-    """Keeps the logits behind every token."""
-
-    def __init__(self, *arguments: Any, **more: Any):
-        super().__init__(*arguments, **more)
-        self.logits: dict[int, list[np.ndarray]] = {}
-
-    def _choose(self, rows, logits_BTV):
-        for row, logits_TV in zip(rows, logits_BTV, strict=True):
-            if not row.ended:
-                self.logits.setdefault(row.id, []).append(logits_TV[-1])
-        super()._choose(rows, logits_BTV)
-
-
-@dataclass
-class Session:
-    """A batching under a schedule, and what its requests asked for and got."""
-
-    batching: Watched
-    asked: dict[int, tuple[list[int], int]] = field(default_factory=dict)
-    got: dict[int, list[int]] = field(default_factory=dict)
-    cancelled: set[int] = field(default_factory=set)
-
-    def add(self, request: tuple[list[int], int]) -> None:
-        id = self.batching.add_request(*request)
-        self.asked[id], self.got[id] = request, []
-
-    def cancel(self, number: int) -> None:
-        if number in self.asked and not self.has_ended(number):
-            self.batching.cancel(number)
-            self.cancelled.add(number)
-
-    def has_ended(self, id: int) -> bool:
-        (_, most), tokens = self.asked[id], self.got[id]
-        eos = self.batching.weights.config.eos_token_id
-        return id in self.cancelled or len(tokens) == most or bool(tokens and tokens[-1] in eos)
-
-    def step(self) -> list[NewToken]:
-        news = self.batching.step()
-        assert len({new.id for new in news}) == len(news), "a request got two tokens in one step"
-        for new in news:
-            assert not self.has_ended(new.id)
-            self.got[new.id].append(new.token)
-            assert new.last == self.has_ended(new.id)
-        return news
-
-    def finish(self) -> None:
-        for _ in range(sum(len(prompt) + most for prompt, most in self.asked.values())):
-            if not self.batching.unfinished:
-                return
-            self.step()
-        assert not self.batching.unfinished, "a request is never served"
-
-    def check(self) -> None:
-        """Every request has the tokens and logits it gets alone; a cancelled one has the first of them."""
-        for id, (prompt, most) in self.asked.items():
-            alone = alone_of(self.batching.weights, prompt, most)
-            got = self.got[id]
-            assert got == (alone[: len(got)] if id in self.cancelled else alone)
-            if got:
-                expected = one_shot(self.batching.weights, [*prompt, *got[:-1]])[len(prompt) - 1 :]
-                assert relative_error(np.stack(self.batching.logits[id]), expected) <= BOUND
-
-
-def alone_of(weights: Weights, prompt: list[int], most: int) -> list[int]:
-    (tokens,) = generate(weights, [prompt], most, cache=False)
-    return tokens
-
-
-def session(weights: Weights, policy: Policy = CONTINUOUS, limits: Limits = PLENTY, given: Requests = ()) -> Session:
-    made = Session(Watched(weights, policy, limits))
-    for request in given:
-        made.add(request)
-    return made
 
 
 @POLICIES
@@ -135,28 +53,6 @@ def test_under_any_schedule_of_arrivals_and_cancellations_too(model, policy, lim
     made.finish()
     made.check()
     assert made.batching.nbytes == 0
-
-
-@POLICIES
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_trained_model_in_float32_gets_its_tokens_and_logits_with_no_more_than_noise(policy, seed):
-    random, weights = np.random.default_rng(seed), trained(np.float32)
-    made = session(weights, policy, Limits(3, max_prefill_tokens=16))
-    for length in random.integers(1, 40, 6).tolist():
-        made.add((random.integers(0, weights.config.vocab_size, length).tolist(), int(random.integers(2, 12))))
-        made.step()
-    made.finish()
-    rows = [[*prompt, *made.got[id][:-1]] for id, (prompt, _) in made.asked.items()]
-    token_ids_BT, positions_BT = left_padded(rows)
-    judged_BT = np.zeros(token_ids_BT.shape, bool)
-    logits_BTV = np.zeros((*token_ids_BT.shape, weights.config.vocab_size), np.float32)
-    for id, (prompt, most) in made.asked.items():
-        assert made.got[id] == alone_of(weights, prompt, most)
-        judged_BT[id, -len(made.got[id]) :] = True
-        logits_BTV[id, -len(made.got[id]) :] = made.batching.logits[id]
-    run = Run(weights, rows, token_ids_BT, positions_BT, [])
-    assert is_noise(run, logits_BTV, judged_BT)
-    assert not is_noise(run, np.roll(logits_BTV, 1, axis=0), judged_BT)
 
 
 @POLICIES

@@ -84,7 +84,7 @@ class OpenVinoCandidate:
             request = compiled.create_infer_request()
         except RuntimeError as error:
             raise NoVerdict(f"{file}: openvino cannot compile it: {in_words(str(error), config)}") from error
-        effective = {"openvino": openvino.__version__, **_properties(compiled)}
+        effective = {"openvino": openvino.__version__, **_properties(openvino, compiled)}
         settings = Settings({DEVICE: device, **properties}, effective)
         return cls(file, interface.resolved(config), settings, config, request)
 
@@ -176,11 +176,10 @@ def _declared(port: Any) -> Declared:
     return Declared(port.get_any_name(), dtype, shape)
 
 
-def _properties(compiled: Any) -> dict[str, str]:
+def _properties(openvino: Any, compiled: Any) -> dict[str, str]:
     """Every property that the compiled model lets be read, as text."""
-    values = {name: compiled.get_property(name) for name in compiled.get_property("SUPPORTED_PROPERTIES")}
+    names = set(compiled.get_property("SUPPORTED_PROPERTIES")) - {"SUPPORTED_PROPERTIES"}
+    values = {name: compiled.get_property(name) for name in sorted(names)}
     return {
-        name: value.to_string() if hasattr(value, "to_string") else str(value)
-        for name, value in values.items()
-        if name != "SUPPORTED_PROPERTIES"
+        name: value.to_string() if isinstance(value, openvino.Type) else str(value) for name, value in values.items()
     }
