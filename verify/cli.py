@@ -171,7 +171,8 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         "--kv-cache",
         action="append",
         metavar="SCHEME",
-        help=f"repeatable; a row for a cache that the reference engine stores so: {', '.join(SCHEMES)}; default int8",
+        help=f"repeatable; a row for a cache that the reference engine stores so: {', '.join(SCHEMES)}; default int8. "
+        "all: bytes, speed and quality of every one of them, in place of the strategies",
     )
     bench.add_argument(
         "--plot",

@@ -23,11 +23,10 @@ from verify.report.caches import CacheFigures, CacheStudy
 POSITIONS = (128, 1024, 4096)
 ROUNDS = 5  # of each step's time, after one that does not count
 TEXT_TOKENS, ROW_TOKENS, CALIBRATION_TOKENS = 4096, 1024, 512
-Begin = Callable[[str, int], None]  # told what begins, and in how many steps
 
 
-def study_caches(checkpoint: Checkpoint, begin: Begin, advance: Callable[[], None]) -> CacheStudy:
-    """Measures every scheme that can store the model's heads; the text is Python's own help.
+def study_caches(checkpoint: Checkpoint, begin: Callable[[str], None]) -> CacheStudy:
+    """Measures every scheme that can store the model's heads; the text is Python's own help. `begin` is told of steps.
 
     Raises:
         InputError: the model has no tokenizer, or too short a context.
@@ -38,14 +37,13 @@ def study_caches(checkpoint: Checkpoint, begin: Begin, advance: Callable[[], Non
     rows = -(-TEXT_TOKENS // row_tokens)
     text, after = np.array(tokens[: rows * row_tokens]).reshape(rows, row_tokens), tokens[rows * row_tokens :]
     schemes, left_out = _schemes(weights, after[:CALIBRATION_TOKENS])
-    begin("quality, token by token", row_tokens - 1)
-    quality = qualities(weights, schemes, text, advance)
+    begin(f"a text of {text.size} tokens through each cache")
+    quality = qualities(weights, schemes, text)
     positions = [position for position in POSITIONS if position < checkpoint.config.max_position_embeddings]
-    begin("speed", len(positions))
+    begin("the speed of each")
     speeds: dict[int, dict[str, float]] = {}
     for position in positions:
         speeds[position], nbytes = _speeds(weights, schemes, position)
-        advance()
     found = [
         CacheFigures(
             name,

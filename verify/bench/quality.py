@@ -4,7 +4,7 @@ One forward pass over the whole text would show nothing for half of the schemes:
 computed, and rounds it only for later passes, would never read anything rounded.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,14 +36,12 @@ def qualities(
     weights: Weights,
     schemes: Mapping[str, Scheme],
     token_ids_BT: np.ndarray,
-    on_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Quality]:
     """The quality of each scheme on the same rows of text, all decoded side by side.
 
     Args:
         schemes: by name.
         token_ids_BT: rows of text, each judged by itself, from its second token on.
-        on_step: called when every scheme has read one more token.
     """
     exact = KVCache(weights.config, len(token_ids_BT), stored_as(weights.dtype))
     caches = {name: KVCache(weights.config, len(token_ids_BT), scheme) for name, scheme in schemes.items()}
@@ -53,7 +51,6 @@ def qualities(
         for name, cache in caches.items():
             found_BV = _log_likelihoods(weights, token_ids_BT, column, cache, ops_for(cache.scheme))
             sums[name] += _of_step(found_BV, expected_BV, token_ids_BT[:, column + 1])
-        on_step()
     tokens = len(token_ids_BT) * (token_ids_BT.shape[1] - 1)
     return {
         name: Quality(float(np.exp(loss / tokens)), float(divergence / tokens), float(same / tokens))

@@ -15,8 +15,9 @@ from refengine.errors import InputError
 from refengine.machine import measure_machine
 from refengine.quant import scheme_named
 from refengine.requests import check_request
+from verify.bench.caches import study_caches
 from verify.bench.machine import machine
-from verify.bench.plot import check_plot, write_plot
+from verify.bench.plot import check_plot, write_cache_plot, write_plot
 from verify.bench.positions import prepare_curves
 from verify.bench.rounds import measure
 from verify.bench.strategies import PROMPT_LENGTH, Task, strategies_of_all, strategies_of_reference
@@ -25,10 +26,13 @@ from verify.embedded import embedded_model
 from verify.export import export_decoder
 from verify.files import check_place, replacing
 from verify.report.bench import Benchmark, Curve, Machine
-from verify.report.bench_as_json import bench_as_json
+from verify.report.bench_as_json import as_json
 from verify.report.bench_console import print_benchmark
+from verify.report.caches import CacheStudy
+from verify.report.caches_console import print_caches
 from verify.runtimes import RUNTIMES
 
+EVERY_SCHEME = "all"
 QUANTISED = ("int8",)  # the schemes measured unless others are asked for
 Begin = Callable[[str], None]  # told what is done next
 
@@ -43,21 +47,38 @@ def run_bench(options: argparse.Namespace) -> int:
         check_plot(plot)
     with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
         checkpoint = open_checkpoint(options.model or embedded_model())
-        benchmark = _measured(options, checkpoint, _candidate(options, checkpoint, Path(temporary)))
+        found: Benchmark | CacheStudy
+        if EVERY_SCHEME in (options.kv_cache or ()):
+            found = _caches_studied(options, checkpoint)
+        else:
+            found = _measured(options, checkpoint, _candidate(options, checkpoint, Path(temporary)))
     try:
-        _show(benchmark, as_text=options.json != "-")
+        _show(found, as_text=options.json != "-")
     finally:  # files are written even when the reader of a pipe has gone
-        _write(benchmark, options.plot, json_file)
+        _write(found, options.plot, json_file)
     return 0
 
 
-def _write(benchmark: Benchmark, plots: Sequence[Path], json_file: Path | None) -> None:
+def _write(found: Benchmark | CacheStudy, plots: Sequence[Path], json_file: Path | None) -> None:
     for plot in plots:
         with replacing(plot) as unfinished:
-            write_plot(benchmark, unfinished, plot.suffix)
+            if isinstance(found, CacheStudy):
+                write_cache_plot(found, unfinished, plot.suffix)
+            else:
+                write_plot(found, unfinished, plot.suffix)
     if json_file is not None:
         with replacing(json_file) as unfinished:
-            unfinished.write_text(bench_as_json(benchmark), encoding="utf-8")
+            unfinished.write_text(as_json(found), encoding="utf-8")
+
+
+def _caches_studied(options: argparse.Namespace, checkpoint: Checkpoint) -> CacheStudy:
+    if options.candidate or options.runtime or len(options.kv_cache) > 1:
+        raise InputError(
+            f"--kv-cache {EVERY_SCHEME}: measures every scheme on the reference engine; "
+            "leave out CANDIDATE, --runtime and other schemes"
+        )
+    with _progress(2) as begin:
+        return study_caches(checkpoint, begin)
 
 
 def _candidate(options: argparse.Namespace, checkpoint: Checkpoint, directory: Path) -> Path | None:
@@ -111,15 +132,18 @@ def _tasks(options: argparse.Namespace, checkpoint: Checkpoint, candidate: Path 
     return tasks
 
 
-def _show(benchmark: Benchmark, as_text: bool) -> None:
+def _show(found: Benchmark | CacheStudy, as_text: bool) -> None:
     """The table on standard output, or there the JSON and the table on standard error."""
     console = Console(stderr=not as_text, highlight=False)
     with console.capture() as captured:
-        print_benchmark(benchmark, console)
+        if isinstance(found, CacheStudy):
+            print_caches(found, console)
+        else:
+            print_benchmark(found, console)
     # Written here and not by the console, which would end the process with 1 when the reader of a pipe has gone.
     print(captured.get(), end="", flush=True, file=sys.stdout if as_text else sys.stderr)
     if not as_text:
-        print(bench_as_json(benchmark), end="", flush=True)
+        print(as_json(found), end="", flush=True)
 
 
 @contextmanager
