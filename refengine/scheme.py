@@ -42,7 +42,7 @@ class Scheme:
 
     Attributes:
         first_pass_raw: a row with at least so many tokens in a pass that finds the cache empty attends to keys and
-            values as they came; whatever else is attended to is what is stored, a pass's own tokens too. 0: no row does.
+            values as they came; else what is stored is attended to, a pass's own tokens too. 0: no row does.
     """
 
     keys: Storage

@@ -130,5 +130,5 @@ def _signs(x_XH: np.ndarray) -> np.ndarray:
 
 
 def _shrinking(x_XH: np.ndarray) -> np.floating:
-    """By what a transform is multiplied to keep the norm: the inverse of a square root, each of them rounded."""
-    return 1 / np.sqrt(x_XH.dtype.type(x_XH.shape[-1]))
+    """By what a transform is multiplied so that norms stay."""
+    return x_XH.dtype.type(x_XH.shape[-1] ** -0.5)
