@@ -11,10 +11,18 @@ from refengine.checkpoint import open_checkpoint
 from refengine.errors import InputError
 from refengine.quant import SCHEMES
 from verify.errors import NoVerdict
+from verify.expect import AUTO, EXACT, expectations
 from verify.runtimes import RUNTIMES
 from verify.schedule import SCHEDULES
 
-OK, BAD_INPUT, NO_VERDICT, INTERRUPTED = 0, 2, 3, 130
+FORMATS = """Holds every token of TRACE against the reference's choice after the same tokens. TRACE is one of:
+
+JSON lines, a row each; logprobs are optional, for each new token pairs of a token id and a natural logarithm:
+  {"prompt_token_ids": [40, 41], "token_ids": [7, 8], "logprobs": [[[7, -0.1], [9, -2.4]], [[8, -0.3]]]}
+an .npz file, its arrays numbered by row; logits are optional, of shape (new tokens, vocabulary):
+  prompt_token_ids_0, token_ids_0, logits_0, prompt_token_ids_1, ...
+"""
+OK, DIFFERENT, BAD_INPUT, NO_VERDICT, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +60,19 @@ def parser() -> argparse.ArgumentParser:
             help="prove an export equal to its checkpoint, token for token, or show where it is not",
         )
     )
-    _add_inspect(verbs.add_parser("inspect", help="show what an export is, and who runs it"))
+    _add_check(
+        verbs.add_parser(
+            "check",
+            help="judge what another system decoded by its record: token ids, and logits or logprobs if it has them",
+            description=FORMATS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    _add_inspect(
+        verbs.add_parser(
+            "inspect", help="show what an export is, and who runs it, or where it has the checkpoint's tensors"
+        )
+    )
     _add_export(verbs.add_parser("export", help="write a plain ONNX decoder with its cache from a checkpoint"))
     _add_bench(verbs.add_parser("bench", help="measure what each way of decoding is worth, on each engine"))
     return root
@@ -87,7 +107,8 @@ def _add_compare(compare: argparse.ArgumentParser) -> None:
     _add_decoding(compare)
     compare.add_argument(
         "--expect",
-        default="float32",
+        choices=[*expectations(), AUTO],
+        default=EXACT.name,
         metavar="PRECISION",
         help="what counts as equal: float32 (default), a quantised cache (int8-kv, ov-u8, ...), or auto",
     )
@@ -135,10 +156,48 @@ def _add_decoding(compare: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_check(check: argparse.ArgumentParser) -> None:
+    check.set_defaults(run=_check)
+    check.add_argument("model", metavar="MODEL", help="checkpoint directory, hub name or .gguf file")
+    check.add_argument("trace", metavar="TRACE", type=Path, help="what another system decoded, in either format")
+    check.add_argument(
+        "--expect",
+        choices=[*expectations(), AUTO],
+        default=EXACT.name,
+        metavar="PRECISION",
+        help="what counts as equal: float32 (default), or a quantised cache (int8-kv, ov-u8, ...)",
+    )
+    check.add_argument(
+        "--json",
+        metavar="FILE",
+        help='write the report as JSON; "-" is standard output, and takes the place of the console report',
+    )
+
+
 def _add_inspect(inspect: argparse.ArgumentParser) -> None:
     inspect.set_defaults(run=_inspect)
-    inspect.add_argument("candidate", metavar="CANDIDATE", type=Path, help=".onnx file or a directory that holds one")
-    inspect.add_argument("--runtime", choices=sorted(RUNTIMES), help="open it there too, and show who runs which node")
+    inspect.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="checkpoint directory, hub name or .gguf file: find each of its tensors in the export; the exit code is "
+        "then 1 when one is changed, missing or in an order that computes something else, and 0 when all of them "
+        "are equal, rounded or quantised",
+    )
+    inspect.add_argument(
+        "candidate",
+        metavar="CANDIDATE",
+        type=Path,
+        help=".onnx file or a directory that holds one; beside MODEL also OpenVINO's .xml",
+    )
+    inspect.add_argument(
+        "--runtime", choices=sorted(RUNTIMES), help="without MODEL: open it there too, and show who runs which node"
+    )
+    inspect.add_argument(
+        "--json",
+        metavar="FILE",
+        help='with MODEL: write the relations as JSON; "-" is standard output, and takes the place of the table',
+    )
 
 
 def _add_export(export: argparse.ArgumentParser) -> None:
@@ -199,6 +258,12 @@ def _compare(options: argparse.Namespace) -> int:
     return run_compare(options)
 
 
+def _check(options: argparse.Namespace) -> int:
+    from verify.check import run_check
+
+    return run_check(options)
+
+
 def _bench(options: argparse.Namespace) -> int:
     from verify.bench.run import run_bench
 
@@ -206,11 +271,23 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from verify.inspection import facts, inspect
+    from verify.inspection import facts, inspect, inspect_weights
     from verify.report.console import print_facts
+    from verify.report.weights import weights_as_json
+    from verify.report.weights_console import print_weights
+    from verify.terminal import check_json_place, deliver_text
 
-    print_facts(facts(inspect(options.candidate, options.runtime)), Console())
-    return OK
+    if options.model is None:
+        if options.json is not None:
+            raise InputError("--json: expected MODEL and CANDIDATE, found CANDIDATE alone; give the checkpoint too")
+        print_facts(facts(inspect(options.candidate, options.runtime)), Console())
+        return OK
+    if options.runtime is not None:
+        raise InputError("--runtime: weights are read without a runtime; leave out MODEL, or --runtime")
+    check_json_place(options.json)
+    report = inspect_weights(open_checkpoint(options.model), options.candidate)
+    deliver_text(lambda console: print_weights(report, console), weights_as_json(report), options.json)
+    return OK if report.is_faithful else DIFFERENT
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -148,6 +148,9 @@ class Watched:
         self.passes.append(slots_BS.tolist())
         return self.candidate.run(token_ids_BT, positions_BT, past)
 
+    def caches(self, past):
+        return self.candidate.caches(past)
+
 
 def test_rows_of_different_steps_stand_in_one_batch_and_slots_that_nobody_needs_go(compared, clean):
     """A short row joins a long one; the long one leaves and takes its slots with it; another joins."""

@@ -76,8 +76,8 @@ def test_outputs_that_are_not_needed_are_left_alone():
 
 
 def test_an_unknown_input_is_refused_by_name():
-    with pytest.raises(InputError, match=r"^beam_idx: this input is not known.*known are input_ids"):
-        interface_of([*inputs(), Declared("beam_idx", "int32", ("b",))], outputs())
+    with pytest.raises(InputError, match=r"^beam_index: this input is not known.*known are input_ids"):
+        interface_of([*inputs(), Declared("beam_index", "int32", ("b",))], outputs())
 
 
 Change = Callable[[], tuple[list[Declared], list[Declared]]]

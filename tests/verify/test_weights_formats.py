@@ -1,0 +1,206 @@
+"""Quantised weights as ONNX and OpenVINO store them: read as the runtimes read them, and told from wrong ones."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import openvino
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from openvino import opset13
+
+from refengine.checkpoint import open_checkpoint
+from refengine.errors import InputError
+from tests.checkpoints import TINY, write_checkpoint
+from verify.candidates.onnx_weights import onnx_weights
+from verify.candidates.openvino_weights import ir_weights
+from verify.export import export_decoder
+from verify.inspection import inspect_weights
+from verify.weights.relation import Compared, compare_values
+from verify.weights.stored import StoredWeight, Values, dequantised
+
+OUTPUTS, INPUTS = 24, 50  # blocks of 16 leave a short one at the end of each row
+MATRICES = 7 * TINY["num_hidden_layers"] + 1
+
+
+def random(seed: int = 0, rows: int = OUTPUTS, columns: int = INPUTS) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+
+
+def single(path: Path, node: onnx.NodeProto, inputs: int, **constants: np.ndarray | TensorProto) -> StoredWeight:
+    """The one weight of a graph of one operator, saved at `path`."""
+    tensors = [
+        value if isinstance(value, TensorProto) else numpy_helper.from_array(value, name)
+        for name, value in constants.items()
+    ]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [inputs, inputs])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([node], "g", [given], [result], tensors)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    (weight,) = onnx_weights(path)
+    return weight
+
+
+def run_on_onnxruntime(path: Path, inputs: int) -> np.ndarray:
+    """What the graph gives for the identity: its weight, (inputs, outputs)."""
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    fed = {given.name: np.eye(inputs, dtype=np.float32) for given in session.get_inputs()}
+    return session.run(None, fed)[0]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("zero_points", ["none", "packed", "floats"])
+def test_blocks_of_matmulnbits_are_read_as_onnxruntime_reads_them(tmp_path, bits, zero_points):
+    rng = np.random.default_rng(bits)
+    blocks = -(-INPUTS // 16)
+    constants = {
+        "B": rng.integers(0, 256, (OUTPUTS, blocks, 16 * bits // 8), np.uint8),
+        "scales": rng.random(OUTPUTS * blocks, np.float32),
+    }
+    if zero_points == "packed":
+        constants["zero_points"] = rng.integers(0, 256, OUTPUTS * -(-blocks * bits // 8), np.uint8)
+    if zero_points == "floats":
+        constants["zero_points"] = (rng.random(OUTPUTS * blocks) * 2**bits).astype(np.float32)
+    sizes = {"K": INPUTS, "N": OUTPUTS, "bits": bits, "block_size": 16}
+    node = helper.make_node("MatMulNBits", ["x", *constants], ["y"], domain="com.microsoft", **sizes)
+    weight = single(tmp_path / "m.onnx", node, INPUTS, **constants)
+    assert (weight.shape, weight.bits, weight.block, weight.outputs_in_rows) == ((OUTPUTS, INPUTS), bits, 16, True)
+    np.testing.assert_allclose(weight.read().values_RC, run_on_onnxruntime(tmp_path / "m.onnx", INPUTS).T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int4", "uint4"])
+@pytest.mark.parametrize("form", ["per tensor", "per row", "per column", "blocks of rows", "blocks of columns"])
+def test_dequantizelinear_is_read_as_onnxruntime_reads_it(tmp_path, dtype, form):
+    rng = np.random.default_rng(3)
+    rows, columns = 32, 48
+    low, high = (-8, 8) if dtype == "int4" else (0, 16) if dtype == "uint4" else (-128, 128) if dtype == "int8" else (0, 256)
+    shape, attributes = {
+        "per tensor": ((), {}),
+        "per row": ((rows,), {"axis": 0}),
+        "per column": ((columns,), {"axis": 1}),
+        "blocks of rows": ((rows, columns // 16), {"axis": 1, "block_size": 16}),
+        "blocks of columns": ((rows // 16, columns), {"axis": 0, "block_size": 16}),
+    }[form]
+    elem_type = getattr(TensorProto, dtype.upper())
+    codes = helper.make_tensor("codes", elem_type, (rows, columns), rng.integers(low, high, rows * columns))
+    zero_point = helper.make_tensor("zero_point", elem_type, shape, np.atleast_1d(rng.integers(low, high, shape)).ravel())
+    scale = np.asarray(rng.random(shape), np.float32)
+    dequantize = helper.make_node("DequantizeLinear", ["codes", "scale", "zero_point"], ["y"], **attributes)
+    weight = single(tmp_path / "m.onnx", dequantize, 1, codes=codes, scale=scale, zero_point=zero_point)
+    expected = run_on_onnxruntime(tmp_path / "m.onnx", 1)
+    values = weight.read().values_RC
+    np.testing.assert_array_equal(values.T if form in ("per column", "blocks of columns") else values, expected)
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("dtype", [QuantType.QInt8, QuantType.QUInt8])
+def test_onnxruntimes_own_dynamic_quantiser_is_honest(tmp_path, per_channel, dtype):
+    model, checkpoint = tiny_export(tmp_path)
+    quantize_dynamic(model, tmp_path / "q.onnx", per_channel=per_channel, weight_type=dtype)
+    report = inspect_weights(checkpoint, tmp_path / "q.onnx")
+    assert report.is_faithful
+    assert report.counts["quantised"] == MATRICES + 1  # the embedding too
+
+
+def tiny_export(directory: Path):
+    checkpoint = open_checkpoint(write_checkpoint(directory / "checkpoint"))
+    export_decoder(checkpoint, directory / "model.onnx")
+    return directory / "model.onnx", checkpoint
+
+
+@pytest.mark.parametrize("dtype", ["u8", "i8", "u4", "i4"])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("with_zero_point", [False, True])
+def test_compressed_constants_of_an_ir_are_read_as_openvino_reads_them(tmp_path, dtype, grouped, with_zero_point):
+    rng = np.random.default_rng(4)
+    shape = (OUTPUTS, 3, 16) if grouped else (OUTPUTS, 48)
+    kind = getattr(openvino.Type, dtype)
+    low = {"u": 0, "i": -(2 ** (int(dtype[1]) - 1))}[dtype[0]]
+    codes = rng.integers(low, low + 2 ** int(dtype[1]), shape)
+
+    def constant(values: np.ndarray):
+        return opset13.convert(opset13.constant(values, kind), "f16")
+
+    numbers = constant(codes)
+    if with_zero_point:
+        numbers = opset13.subtract(numbers, constant(codes.max(axis=-1, keepdims=True)))
+    numbers = opset13.multiply(numbers, opset13.constant(rng.random((*shape[:-1], 1)).astype(np.float16)))
+    numbers = opset13.convert(opset13.reshape(numbers, [OUTPUTS, 48], False), "f32")
+    x = opset13.parameter([48, 48], np.float32)
+    model = openvino.Model([opset13.matmul(x, numbers, False, True)], [x])
+    openvino.serialize(model, tmp_path / "m.xml")
+    (weight,) = ir_weights(tmp_path / "m.xml")
+    assert (weight.bits, weight.block, weight.outputs_in_rows) == (int(dtype[1]), shape[-1], True)
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    expected = compiled(np.eye(48, dtype=np.float32))[0].T
+    # Its constants are folded in float16.
+    np.testing.assert_allclose(weight.read().values_RC, expected, rtol=2.0**-9, atol=2.0**-9)
+
+
+def quantised(weight: np.ndarray, bits: int, block: int, *, zero_point_off: int = 0) -> Values:
+    """A weight rounded to the nearest of codes that span each block, as plainly as can be."""
+    starts = range(0, weight.shape[1], block)
+    parts = [weight[:, start : start + block] for start in starts]
+    low = np.stack([np.minimum(part.min(axis=1), 0) for part in parts], axis=1)
+    high = np.stack([np.maximum(part.max(axis=1), 0) for part in parts], axis=1)
+    scale = (high - low) / (2**bits - 1)
+    zero_point = np.rint(-low / scale)
+    wide_scale, wide_zero = (np.repeat(array, block, axis=1)[:, : weight.shape[1]] for array in (scale, zero_point))
+    codes = np.clip(np.rint(weight / wide_scale) + wide_zero, 0, 2**bits - 1).astype(np.uint8)
+    return dequantised(codes, bits, 0, scale.astype(np.float32), zero_point + zero_point_off, block)
+
+
+def against(weight: np.ndarray, values: Values) -> Compared:
+    return compare_values(weight, values, np.arange(len(weight)))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("block", [16, INPUTS])
+def test_rounding_to_the_nearest_code_is_quantised_and_a_zero_point_that_is_off_by_one_is_changed(bits, block):
+    for seed in range(20):
+        weight = random(seed)
+        honest, off = against(weight, quantised(weight, bits, block)), against(
+            weight, quantised(weight, bits, block, zero_point_off=1)
+        )
+        assert (honest.relation, off.relation) == ("quantised", "changed")
+
+
+def test_one_block_with_the_scale_of_another_is_changed():
+    weight, found = random(), quantised(random(), 4, 16)
+    found.values_RC[3, :16] *= 1.5
+    assert against(weight, found).relation == "changed"
+
+
+def test_codes_of_another_matrix_are_changed():
+    assert against(random(1), quantised(random(2), 4, 16)).relation == "changed"
+
+
+def test_numbers_beyond_half_a_step_are_counted():
+    weight, found = random(), quantised(random(), 8, 16)
+    found.values_RC[3, 5] += 1.5 * found.grid.step_RB[3, 0] * np.sign(found.values_RC[3, 5] - weight[3, 5])
+    compared = against(weight, found)
+    assert (compared.relation, compared.different) == ("quantised", 1)
+    assert 1.5 <= compared.worst_steps <= 2
+
+
+@pytest.mark.parametrize(("bits", "scales"), [(3, 96), (4, 95)])
+def test_codes_and_scales_that_do_not_fit_together_are_refused_in_one_line(tmp_path, bits, scales):
+    sizes = {"K": INPUTS, "N": OUTPUTS, "bits": bits, "block_size": 16}
+    node = helper.make_node("MatMulNBits", ["x", "B", "scales"], ["y"], domain="com.microsoft", **sizes)
+    constants = {"B": np.zeros((OUTPUTS, 4, 8), np.uint8), "scales": np.ones(scales, np.float32)}
+    with pytest.raises(InputError, match=r"m\.onnx: .*") as refused:
+        single(tmp_path / "m.onnx", node, INPUTS, **constants).read()
+    assert "\n" not in str(refused.value)
+
+
+def test_an_ir_whose_bin_is_cut_short_is_refused(tmp_path):
+    x = opset13.parameter([48, 48], np.float32)
+    model = openvino.Model([opset13.matmul(x, opset13.constant(random(0, 48, 48)), False, True)], [x])
+    openvino.serialize(model, tmp_path / "m.xml")
+    whole = (tmp_path / "m.bin").read_bytes()
+    (tmp_path / "m.bin").write_bytes(whole[:-4])
+    with pytest.raises(InputError, match=r"needs \d+ bytes of the .bin"):
+        list(ir_weights(tmp_path / "m.xml"))
