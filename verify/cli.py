@@ -162,7 +162,7 @@ def _add_check(check: argparse.ArgumentParser) -> None:
     check.add_argument("trace", metavar="TRACE", type=Path, help="what another system decoded, in either format")
     check.add_argument(
         "--expect",
-        choices=[*expectations(), AUTO],
+        choices=expectations(),
         default=EXACT.name,
         metavar="PRECISION",
         help="what counts as equal: float32 (default), or a quantised cache (int8-kv, ov-u8, ...)",

@@ -7,49 +7,60 @@ import numpy as np
 from verify.drive import CandidateRun
 from verify.noise import rms
 from verify.reference import Measured, ReferenceRun, step_slices
-from verify.report.result import FirstMismatch, NoiseRatio, Tokens, Verdict, Worst
+from verify.report.result import Difference, FirstMismatch, NoiseRatio, Tokens, Verdict, Worst
 
 
 def judge(run: CandidateRun, reference: ReferenceRun) -> tuple[Verdict, Tokens, NoiseRatio]:
-    """Compares a run in which the candidate was fed the reference's tokens (by choosing them itself, or by force).
-
-    `equal`: every token is equal, or a tie, and the noise ratio of the logits is within its bounds, over all
-    positions and at each. `drift`: the tokens are, the ratio is not. `mismatch`: a token differs that the noise
-    cannot explain.
-    """
-    tokens = compare_tokens(run, reference)
+    """Compares a run in which both were fed the same tokens, whoever chose them."""
+    tokens = count_tokens(differences(run, reference), reference)
     noise = compare_noise(run, reference)
+    return verdict_on(tokens, noise), tokens, noise
+
+
+def verdict_on(tokens: Tokens, noise: NoiseRatio | None) -> Verdict:
+    """What follows from the tokens and, where there are logits, from their noise ratio.
+
+    `equal`: every token is equal, or a tie, and the ratio is within its bounds, over all positions and at each.
+    `drift`: the tokens are, the ratio is not. `mismatch`: a token differs that the noise cannot explain.
+    """
     if tokens.first_mismatch is not None:
-        return "mismatch", tokens, noise
+        return "mismatch"
+    if noise is None:
+        return "equal"
     # Written so that NaN, which compares false with everything, is never within a bound.
     within = noise.logits <= noise.bound and noise.worst_position.ratio <= noise.position_bound
-    return "equal" if within else "drift", tokens, noise
+    return "equal" if within else "drift"
 
 
-def compare_tokens(run: CandidateRun, reference: ReferenceRun) -> Tokens:
-    """Counts the equal choices and the ties, and finds the first step that is neither.
+def count_tokens(found: Sequence[Difference], reference: ReferenceRun) -> Tokens:
+    """Counts the equal choices and the ties, and picks the first step that is neither."""
+    wrong = next((each for each in found if not each.tie), None)
+    first = FirstMismatch(wrong.row, wrong.step, wrong.expected, wrong.actual, wrong.margin) if wrong else None
+    compared = sum(map(len, reference.tokens))
+    return Tokens(compared, compared - len(found), sum(each.tie for each in found), first)
+
+
+def differences(run: CandidateRun, reference: ReferenceRun) -> list[Difference]:
+    """Every step at which the choices differ, row by row, and whether it is a tie.
 
     The noise may move each of two logits by the largest float32 deviation at that position, or by as much more as the
     bound on the noise ratio allows; where the reference prefers its token by less than both together, either choice
     is right.
     """
-    equal = ties = 0
-    first: FirstMismatch | None = None
+    found = []
     per_bound = reference.logits.noise.overall_bound
     for row, steps in enumerate(step_slices(reference.prompts, reference.tokens)):
         for step, (expected, actual) in enumerate(zip(reference.tokens[row], run.tokens[row], strict=True)):
             if expected == actual:
-                equal += 1
                 continue
             place = steps.start + step
             logits_V = reference.logits.value64_PX[place]
             margin = float(logits_V[expected] - logits_V[actual])
             finite = bool(np.isfinite(run.logits[row][step - len(reference.tokens[row])]).all())
-            if finite and margin <= 2 * per_bound * reference.flips_P[place]:
-                ties += 1
-            elif first is None:
-                first = FirstMismatch(row, step, int(expected), int(actual), margin)
-    return Tokens(sum(map(len, reference.tokens)), equal, ties, first)
+            tie = finite and margin <= 2 * per_bound * reference.flips_P[place]
+            rank = 1 + int(np.count_nonzero(logits_V > logits_V[actual]))
+            found.append(Difference(row, step, int(expected), int(actual), rank, margin, bool(tie)))
+    return found
 
 
 def compare_noise(run: CandidateRun, reference: ReferenceRun) -> NoiseRatio:

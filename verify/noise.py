@@ -41,8 +41,17 @@ class Noise:
     position_bound: float
 
     @classmethod
-    def of(cls, errors: Sequence[np.ndarray], reference64_PX: np.ndarray) -> "Noise":
-        """From each equivalent order's error at each position, as `rms(..., axis=-1)` gives it."""
+    def of(
+        cls, errors: Sequence[np.ndarray], reference64_PX: np.ndarray, units: Sequence[np.ndarray] | None = None
+    ) -> "Noise":
+        """From each equivalent order's error at each position, as `rms(..., axis=-1)` gives it.
+
+        Args:
+            errors: of what is held against the noise.
+            reference64_PX: the truth; its size says what rounding alone is worth.
+            units: errors of what the noise is measured on, where that is more than what is held against it.
+        """
+        units = units or errors
         rounding_P = HALF_ULP * rms(reference64_PX, axis=-1) + SMALLEST
 
         def pooled(some: Sequence[np.ndarray]) -> np.ndarray:
@@ -51,10 +60,10 @@ class Noise:
         # Where every order is exact, one rounding more is still honest: a ratio of 1 is never too much.
         overall, position = [1.0], [1.0]
         for place, error_P in enumerate(errors):
-            rms_P = pooled([*errors[:place], *errors[place + 1 :]])
+            rms_P = pooled([*units[:place], *units[place + 1 :]])
             overall.append(float(rms(error_P) / rms(rms_P)))
             position.append(float((error_P / rms_P).max()))
-        return cls(pooled(errors), ONE_BIT * max(overall), ONE_BIT * max(position))
+        return cls(pooled(units), ONE_BIT * max(overall), ONE_BIT * max(position))
 
 
 def rms(x: np.ndarray, axis: int | None = None) -> np.ndarray:

@@ -1,6 +1,8 @@
 """The reference's side: the right tokens, their logits and caches in float64, and the noise of float32."""
 
 import json
+import tokenize
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -25,11 +27,12 @@ from verify.noise import Noise, orders_for, rms
 
 TOKENS_A_PASS = 512  # bounds the logits held at a time
 FORMAT = 2  # of a saved run
-# What reading a file raises that is no saved run, or no longer a whole one. An OverflowError is an infinite token;
-# NotImplementedError and RuntimeError are zipfile's, of versions and encryption that nobody wrote.
+# What reading an .npz file raises that is none, or no longer a whole one. An OverflowError is an infinite token, a
+# MemoryError a size that nobody wrote; NotImplementedError and RuntimeError are zipfile's, of versions and encryption.
 DAMAGED = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
-    *(RecursionError, OverflowError, NotImplementedError, RuntimeError, BadZipFile),
+    *(RecursionError, OverflowError, MemoryError, NotImplementedError, RuntimeError),
+    *(BadZipFile, zlib.error, tokenize.TokenError),
 )
 Rows = Sequence[Sequence[int]]
 
@@ -103,11 +106,11 @@ class Reference:
         self.on_progress("the reference in float64")
         ops = OPS if self.scheme is None else ops_for(self.scheme)
         tokens = guess or generate(endless, prompts, max_new_tokens, scheme=self.scheme, ops=ops)
-        logits_PV, caches = _pass(endless, prompts, tokens, self.scheme, ops)
+        logits_PV, caches = one_pass(endless, prompts, tokens, self.scheme, ops)
         if chosen(logits_PV, prompts, tokens) != [list(row) for row in tokens]:
             self.on_progress("the reference decodes its own tokens in float64")
             tokens = generate(endless, prompts, max_new_tokens, scheme=self.scheme, ops=ops)
-            logits_PV, caches = _pass(endless, prompts, tokens, self.scheme, ops)
+            logits_PV, caches = one_pass(endless, prompts, tokens, self.scheme, ops)
         return self._with_noise(prompts, tokens, logits_PV, caches)
 
     def _with_noise(
@@ -119,7 +122,7 @@ class Reference:
         for order, others in orders_for(len(logits64_PV)).items():
             ops = others if self.scheme is None else ops_for(self.scheme, others)
             self.on_progress(f"the reference in float32 ({order})")
-            logits_PV, caches = _pass(weights, prompts, tokens, self.scheme, ops)
+            logits_PV, caches = one_pass(weights, prompts, tokens, self.scheme, ops)
             difference_PV = logits_PV - logits64_PV
             errors["lm_head"].append(rms(difference_PV, axis=-1))
             np.maximum(flips_P, np.abs(difference_PV).max(axis=-1), out=flips_P)
@@ -144,7 +147,7 @@ def step_slices(prompts: Rows, tokens: Rows) -> list[slice]:
     return slices
 
 
-def _pass(
+def one_pass(
     weights: Weights, prompts: Rows, tokens: Rows, scheme: Scheme | None, ops: Ops
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits, and keys and values by trace point, at every position of every row, rows one after the other."""

@@ -1,25 +1,11 @@
 """`python -m verify compare` from its options to its report."""
 
 import argparse
-import os
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from refengine.checkpoint import Checkpoint, open_checkpoint
 from refengine.errors import InputError
@@ -31,13 +17,12 @@ from verify.compare import CacheMode, Comparison, Request, not_revealed, notes_o
 from verify.embedded import embedded_model
 from verify.errors import NoVerdict
 from verify.expect import EXACT, expected
-from verify.files import check_place, replacing, sha256_of
+from verify.files import check_place, sha256_of
 from verify.prompts import BUILT_IN, check_prompts
 from verify.reference import load_reference, save_reference
-from verify.report.as_json import as_json
-from verify.report.console import print_report
 from verify.report.result import Cell, Exported, Model, Report
 from verify.runtimes import RUNTIMES
+from verify.terminal import check_json_place, deliver, progress_bars
 
 MODES: Mapping[str, tuple[CacheMode, ...]] = {"both": ("off", "on"), "on": ("on",), "off": ("off",)}
 
@@ -46,41 +31,15 @@ def run_compare(options: argparse.Namespace) -> int:
     """Compares, prints the report, writes what was asked for, and returns the exit code."""
     if options.model is not None and options.candidate is None:
         raise InputError("compare: expected MODEL and CANDIDATE, or neither; found MODEL alone")
-    json_file = Path(options.json) if options.json not in (None, "-") else None
-    for place in (json_file, options.save_reference):
-        if place is not None:
-            check_place(place)  # now, not after minutes of work
+    check_json_place(options.json)
+    if options.save_reference is not None:
+        check_place(options.save_reference)  # now, not after minutes of work
     with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
         checkpoint = open_checkpoint(options.model or embedded_model())
         candidate = options.candidate or _embedded_export(checkpoint, Path(temporary))
         report = _report(options, checkpoint, candidate)
-    _show(report, as_text=options.json != "-")
-    if json_file is not None:
-        with replacing(json_file) as unfinished:
-            unfinished.write_text(as_json(report), encoding="utf-8")
+    deliver(report, options.json)
     return report.exit_code
-
-
-class _PatientConsole(Console):
-    """A console whose reader may leave: what is left is not shown, and the exit code is still the verdict's."""
-
-    def on_broken_pipe(self) -> None:
-        """Sends the rest nowhere, where the interpreter's last flush cannot fail either."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _show(report: Report, as_text: bool) -> None:
-    """The report on standard output: as text, or as JSON with the text on standard error."""
-    console = _PatientConsole()
-    if as_text:
-        print_report(report, console)
-        return
-    print_report(report, Console(stderr=True))
-    try:
-        print(as_json(report), end="", flush=True)
-    except BrokenPipeError:
-        console.on_broken_pipe()
 
 
 def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> Report:
@@ -94,7 +53,7 @@ def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> 
     cells: list[Cell] = []
     notes: list[str] = []
     padded = False
-    with _progress() as progress:
+    with progress_bars() as progress:
         comparison = Comparison(checkpoint, request, progress, saved)
         for runtime in options.runtime or ["ort-openvino"]:
             progress.begin(f"opening {path.name} on {runtime}", None)
@@ -173,36 +132,3 @@ def _embedded_export(checkpoint: Checkpoint, directory: Path) -> Path:
     out = directory / "model.onnx"
     export_decoder(checkpoint, out)
     return out
-
-
-class _Bars:
-    """Progress bars on standard error: one line that is replaced as the work goes on, and nothing when nobody looks."""
-
-    def __init__(self, bars: Progress):
-        self.bars = bars
-        self.task: TaskID | None = None
-
-    def begin(self, what: str, steps: int | None) -> None:
-        """Shows `what` in place of what was shown before."""
-        if self.task is not None:
-            self.bars.remove_task(self.task)
-        self.task = self.bars.add_task(what, total=steps)
-
-    def advance(self, steps: int) -> None:
-        """Moves the bar on."""
-        if self.task is not None:
-            self.bars.advance(self.task, steps)
-
-
-@contextmanager
-def _progress() -> Iterator[_Bars]:
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        yield _Bars(bars)

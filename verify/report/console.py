@@ -43,18 +43,27 @@ def _verdict(report: Report) -> str:
         compared = sum(cell.tokens.compared for cell in report.cells if cell.tokens)
         ties = sum(cell.tokens.ties for cell in report.cells if cell.tokens)
         tied = f" ({ties} of them ties within the noise)" if ties else ""
-        whose = f"all {compared} tokens of {len(report.cells)} runs are the checkpoint's{tied}"
+        runs = "1 run" if len(report.cells) == 1 else f"{len(report.cells)} runs"
+        whose = f"all {compared} tokens of {runs} are the checkpoint's{tied}"
+        if any(cell.noise_ratio is None for cell in report.cells):
+            return f"{whose}; how far its logits are off was not recorded"
         caches = sorted({cell.expect for cell in report.cells} - {"float32"})
         expected = f", with the cache that is expected ({', '.join(caches)})" if caches else ""
-        return f"{whose}, and the logits are honest float32{expected}"
-    where = ", ".join(
-        f"{cell.runtime} with cache {cell.cache}" for cell in report.cells if cell.verdict == report.verdict
-    )
+        return f"{whose}, and the {_judged(report)} are honest float32{expected}"
+    where = ", ".join(_name(cell, " with cache ") for cell in report.cells if cell.verdict == report.verdict)
     return {
-        "drift": f"every token is right, but the logits are further off than float32 explains, on {where}",
+        "drift": f"every token is right, but the {_judged(report)} are further off than float32 explains, on {where}",
         "mismatch": f"tokens differ that float32 noise cannot explain, on {where}",
         "no-verdict": f"the candidate could not be run to the end, on {where}",
     }[report.verdict]
+
+
+def _judged(report: Report) -> str:
+    return "logprobs" if any(cell.logprobs for cell in report.cells) else "logits"
+
+
+def _name(cell: Cell, cache: str) -> str:
+    return cell.runtime if cell.cache == "unknown" else f"{cell.runtime}{cache}{cell.cache}"
 
 
 def _cause(report: Report) -> str:
@@ -69,6 +78,8 @@ def _to_do(report: Report) -> str:
         return "nothing"
     if report.verdict == "no-verdict":
         return "put right what the cause names, or compare on another runtime (--runtime)"
+    if all(cell.cache == "unknown" for cell in report.cells):
+        return "look at the system that decoded this: its weights and dtype, its prompts, and whether it was greedy"
     on_cpu = [cell.verdict == "equal" for cell in report.cells if cell.runtime == "ort-cpu"]
     if on_cpu and all(on_cpu):
         return "look at the provider and its options: the export is equal on the plain CPU"
@@ -92,15 +103,23 @@ def _print_subject(report: Report, console: Console) -> None:
         "candidate",
         f"{escape(report.candidate.path)} ({escape(report.candidate.exporter)}, sha256 {report.candidate.sha256[:12]})",
     )
-    batches = sorted({(cell.batch_size, cell.batching) for cell in report.cells})
+    lines.add_row("prompts", f"{report.prompts}, {_new_tokens(report)}")
+    seconds = sum(cell.seconds.reference for cell in report.cells if cell.seconds)
+    timed = any(cell.seconds and cell.seconds.candidate is not None for cell in report.cells)
+    below = "; those of the candidate are below" if timed else ""
+    lines.add_row("reference", f"{seconds:.1f} seconds in all{below}")
+    console.print(lines)
+    console.print()
+
+
+def _new_tokens(report: Report) -> str:
+    batches = sorted({(cell.batch_size, cell.batching) for cell in report.cells if cell.batch_size is not None})
+    if not batches:
+        return f"at most {report.max_new_tokens} new tokens each"
     rows = " or ".join(
         f"{size} at a time{'' if batching == 'static' else f' in {batching} batches'}" for size, batching in batches
     )
-    lines.add_row("prompts", f"{report.prompts}, {report.max_new_tokens} new tokens each, {rows}")
-    seconds = sum(cell.seconds.reference for cell in report.cells if cell.seconds)
-    lines.add_row("reference", f"{seconds:.1f} seconds in all; those of the candidate are below")
-    console.print(lines)
-    console.print()
+    return f"{report.max_new_tokens} new tokens each, {rows}"
 
 
 def _table(cells: Sequence[Cell]) -> Table:
@@ -115,19 +134,23 @@ def _table(cells: Sequence[Cell]) -> Table:
 
 
 def _figures(cell: Cell) -> tuple[str, ...]:
-    if cell.tokens is None or cell.noise_ratio is None or cell.seconds is None:
+    if cell.tokens is None:
         return ()
+    tokens = f"{cell.tokens.equal}/{cell.tokens.compared}"
+    seconds = "" if cell.seconds is None or cell.seconds.candidate is None else f"{cell.seconds.candidate:.1f}"
     noise = cell.noise_ratio
+    if noise is None:
+        return tokens, "", "", seconds
     return (
-        f"{cell.tokens.equal}/{cell.tokens.compared}",
+        tokens,
         f"{_figure(noise.logits)} ({_figure(noise.bound)})",
         f"{_figure(noise.worst_position.ratio)} ({_figure(noise.position_bound)})",
-        f"{cell.seconds.candidate:.1f}",
+        seconds,
     )
 
 
 def _print_details(cell: Cell, console: Console) -> None:
-    name = f"{cell.runtime}, cache {cell.cache}: "
+    name = _name(cell, ", cache ") + ": "
     lines = []
     if cell.reason:
         lines.append(cell.reason)
@@ -138,6 +161,7 @@ def _print_details(cell: Cell, console: Console) -> None:
             f"{first.actual}, "
             f"which the reference gives {_figure(first.margin)} less"
         )
+    lines += _recorded(cell)
     if cell.noise_ratio and cell.noise_ratio.cache:
         point, ratio = max(cell.noise_ratio.cache.items(), key=lambda item: item[1])
         lines.append(f"of the cache, {point} is noisiest: {_figure(ratio)}")
@@ -149,6 +173,21 @@ def _print_details(cell: Cell, console: Console) -> None:
     lines += _nodes(cell.settings.get("effective", {}).get("providers", {}))
     for line in lines:
         console.print(escape(name + line), soft_wrap=True, highlight=False)
+
+
+def _recorded(cell: Cell) -> list[str]:
+    """What another system's record adds: where its tokens rank, and how far its log-probabilities are off."""
+    lines = []
+    if cell.differences:
+        worst = max(cell.differences, key=lambda each: each.rank)
+        lines.append(
+            f"tokens that are not the reference's choice: {len(cell.differences)}; the furthest is its rank "
+            f"{worst.rank}, token {worst.actual} in row {worst.row} at step {worst.step}"
+        )
+    if cell.logprobs:
+        nats = cell.logprobs
+        lines.append(f"{nats.compared} logprobs are {nats.rms:.2g} nats off (rms), at most {nats.largest:.2g}")
+    return lines
 
 
 def _nodes(providers: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -23,6 +23,25 @@ class FirstMismatch:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A step at which the candidate's token is not the reference's choice after the same tokens.
+
+    Attributes:
+        rank: 1 and how many tokens the reference gives more than the candidate's.
+        margin: by how much it prefers its own, in logits.
+        tie: whether float32 noise explains it.
+    """
+
+    row: int
+    step: int
+    expected: int
+    actual: int
+    rank: int
+    margin: float
+    tie: bool
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Greedy choices compared: `ties` differ within the noise floor, judged on the reference's margin."""
 
@@ -67,31 +86,44 @@ class NoiseRatio:
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """Wall time spent in each side."""
+class LogProbs:
+    """Differences of log-probabilities from the reference's, in nats, where a candidate gives those of some tokens."""
 
-    candidate: float
+    compared: int
+    largest: float
+    rms: float
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall time spent in each side; of a candidate that ran elsewhere it is not known."""
+
+    candidate: float | None
     reference: float
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One runtime in one cache mode, at most `batch_size` rows at a time.
+    """One runtime in one cache mode, at most `batch_size` rows at a time (None where another system does not say).
 
-    Where there is no verdict, `reason` says why and the figures are None.
+    Where there is no verdict, `reason` says why and the figures are None. `noise_ratio` is that of the
+    log-probabilities where `logprobs` stand for the logits, and None where there is neither. Of what another system
+    decoded, `differences` lists every step whose token is not the reference's choice.
     """
 
     runtime: str
-    cache: Literal["on", "off"]
+    cache: Literal["on", "off", "unknown"]
     settings: Mapping[str, Mapping[str, Any]]
     verdict: Verdict
-    batching: Literal["static", "dynamic", "continuous"]
-    batch_size: int
+    batching: Literal["static", "dynamic", "continuous"] | None
+    batch_size: int | None
     tokens: Tokens | None = None
     noise_ratio: NoiseRatio | None = None
     seconds: Seconds | None = None
     reason: str | None = None
     expect: str = "float32"  # what it was held against
+    logprobs: LogProbs | None = None
+    differences: tuple[Difference, ...] = ()
 
 
 @dataclass(frozen=True)
