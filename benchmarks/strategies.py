@@ -25,6 +25,7 @@ from verify.noise import attend_with_probabilities
 
 PROMPT, SHORT, LONG, REQUESTS, BATCH = 16, 10, 100, 32, 8
 POSITION, PREFILLED, ROUNDS = 512, 4096, 3
+PREFILL_ROUNDS = 1  # a minute each
 PLAIN = replace(OPS, attend=attend_with_probabilities)  # as it is written down: all scores at once
 
 
@@ -59,7 +60,7 @@ def main(model: Path, rounds: int = ROUNDS, prefilled: int = PREFILLED) -> None:
             "in blocks": lambda: prefill_seconds(weights, BLOCKWISE, prefilled),
             "all scores at once": lambda: prefill_seconds(weights, PLAIN, prefilled),
         },
-        rounds,
+        min(rounds, PREFILL_ROUNDS),
     )
     print(f"prefill of {prefilled}: {_text(seconds)}")
     print(f"ratio {seconds['in blocks'] / seconds['all scores at once']:.2f} in blocks / all scores at once")

@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from refengine.checkpoint import open_checkpoint
 from refengine.errors import InputError
 from refengine.quant import SCHEMES
@@ -22,7 +20,7 @@ JSON lines, a row each; logprobs are optional, for each new token pairs of a tok
 an .npz file, its arrays numbered by row; logits are optional, of shape (new tokens, vocabulary):
   prompt_token_ids_0, token_ids_0, logits_0, prompt_token_ids_1, ...
 """
-OK, DIFFERENT, BAD_INPUT, NO_VERDICT, INTERRUPTED = 0, 1, 2, 3, 130
+OK, BAD_INPUT, NO_VERDICT, INTERRUPTED = 0, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -271,23 +269,9 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from verify.inspection import facts, inspect, inspect_weights
-    from verify.report.console import print_facts
-    from verify.report.weights import weights_as_json
-    from verify.report.weights_console import print_weights
-    from verify.terminal import check_json_place, deliver_text
+    from verify.run_inspect import run_inspect
 
-    if options.model is None:
-        if options.json is not None:
-            raise InputError("--json: expected MODEL and CANDIDATE, found CANDIDATE alone; give the checkpoint too")
-        print_facts(facts(inspect(options.candidate, options.runtime)), Console())
-        return OK
-    if options.runtime is not None:
-        raise InputError("--runtime: weights are read without a runtime; leave out MODEL, or --runtime")
-    check_json_place(options.json)
-    report = inspect_weights(open_checkpoint(options.model), options.candidate)
-    deliver_text(lambda console: print_weights(report, console), weights_as_json(report), options.json)
-    return OK if report.is_faithful else DIFFERENT
+    return run_inspect(options)
 
 
 def _export(options: argparse.Namespace) -> int:

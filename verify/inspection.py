@@ -4,10 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from refengine.checkpoint import Checkpoint
 from refengine.errors import InputError
+from refengine.weights import check_names_and_shapes
 from verify.candidates import Settings
+from verify.candidates.files import describe_candidate
 from verify.candidates.onnx_file import OnnxFile, describe
+from verify.candidates.onnx_weights import onnx_weights
+from verify.candidates.openvino_file import IrFile
+from verify.candidates.openvino_weights import ir_weights
 from verify.interface import Declared, Interface, interface_of
+from verify.report.weights import WeightsReport
+from verify.weights.match import match
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,19 @@ def inspect(
         _, settings = open_session(file, runtime, provider_options or {})
     query_heads = file.query_heads(interface.head_dim if interface else None)
     return Inspection(file, interface, why_not, query_heads, runtime, settings)
+
+
+def inspect_weights(checkpoint: Checkpoint, candidate: str | Path) -> WeightsReport:
+    """Finds each of a checkpoint's tensors in an export, by its numbers; no runtime is needed.
+
+    Raises:
+        InputError: a file cannot be read, is not whole, or its quantised weights do not fit together.
+        RuntimeMissing: the `onnx` package is needed and not installed.
+    """
+    check_names_and_shapes(checkpoint)
+    file = describe_candidate(candidate)
+    stored = ir_weights(file.path) if isinstance(file, IrFile) else onnx_weights(file.path)
+    return WeightsReport(str(checkpoint.path), str(file.path), file.exporter, match(checkpoint, list(stored)))
 
 
 def facts(inspection: Inspection) -> tuple[tuple[str, str], ...]:

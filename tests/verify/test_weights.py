@@ -16,9 +16,9 @@ from verify.export import export_decoder
 from verify.inspection import inspect_weights
 from verify.report.weights import TensorRelation, WeightsReport
 
-EXPORTS = Path(__file__).parents[2] / "fixtures" / "exports"
 # Queries as wide as the hidden state: q_proj and o_proj are square.
 SQUARE = {"num_attention_heads": 4, "num_key_value_heads": 2}
+GATE_UP = [f"model.layers.1.mlp.{name}.weight" for name in ("gate_proj", "up_proj")]
 HEAD_DIM = TINY["head_dim"]
 Q1, K1 = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"
 
@@ -81,28 +81,6 @@ def dealt(weight_IO: np.ndarray) -> np.ndarray:
     return heads.swapaxes(2, 3).reshape(weight_IO.shape)
 
 
-@pytest.mark.parametrize("exporter", ["optimum", "genai", "dynamo", "optimum-intel"])
-def test_real_exporters_kept_every_tensor_as_it_is(tiny, exporter):
-    report = inspect_weights(tiny, EXPORTS / exporter)
-    assert report.counts == {"equal": 9 * tiny.config.num_hidden_layers + 3}
-    assert report.is_faithful
-
-
-@pytest.mark.parametrize(
-    ("exporter", "inexact", "storage"),
-    [
-        ("genai-fp16", "rounded", {("float16", None, None)}),
-        ("genai-int4", "quantised", {("uint4", 4, 32)}),
-        ("optimum-intel-int8", "quantised", {("uint8", 8, width) for width in (90, 96, 232)}),
-    ],
-)
-def test_real_exporters_of_low_precision_rounded_every_tensor_honestly(tiny, exporter, inexact, storage):
-    report = inspect_weights(tiny, EXPORTS / exporter)
-    found = {(tensor.dtype, tensor.bits, tensor.block) for tensor in report.tensors if tensor.relation == inexact}
-    assert (set(report.counts), found) == ({"equal", inexact}, storage)
-    assert report.is_faithful
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_biases_and_a_tied_head_are_found_too(make, tied):
     report = make(attention_bias=True, mlp_bias=True, tie_word_embeddings=tied).inspect()
@@ -125,6 +103,27 @@ def test_layers_that_are_swapped_are_changed_and_say_where_their_numbers_are(mak
     different = export.different()
     assert {name: tensor.relation for name, tensor in different.items()} == {first: "changed", second: "changed"}
     assert f"its numbers are in {second}" in different[first].detail
+
+
+def test_layers_that_are_wired_to_each_others_weights_are_changed(make):
+    export = make()
+    nodes = {node.name: node for node in export.model.graph.node}
+    first, second = (nodes[f"/model/layers.{layer}/mlp/up_proj/MatMul"] for layer in (0, 2))
+    first.input[1], second.input[1] = second.input[1], first.input[1]
+    different = export.different()
+    assert {tensor.relation for tensor in different.values()} == {"changed"}
+    assert set(different) == {f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 2)}
+
+
+def test_a_head_that_should_be_the_embedding_and_is_not_is_changed(make):
+    export = make(tie_word_embeddings=True)
+    head = next(node for node in export.model.graph.node if node.name == "/lm_head/MatMul")
+    embedding_VD = export.read("model.embed_tokens.weight")
+    export.model.graph.initializer.append(numpy_helper.from_array(2 * embedding_VD.T, "own"))
+    head.input[1] = "own"
+    (found,) = export.different().values()
+    assert (found.name, found.relation, found.stored_in) == ("lm_head.weight", "changed", "own")
+    assert found.error == pytest.approx(1)
 
 
 def test_a_square_matrix_that_is_transposed_is_changed(make):
@@ -172,7 +171,7 @@ def test_one_number_that_is_off_by_a_unit_in_the_last_place_is_found(make, name)
 
     export.change(name, nudge)
     (found,) = export.different().values()
-    assert (found.name, found.relation, found.detail) == (name, "changed", "1 numbers differ")
+    assert (found.name, found.relation, found.detail) == (name, "changed", "numbers that differ: 1")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -244,18 +243,29 @@ def test_a_tensor_whose_numbers_serve_another_place_alone_is_missing_and_says_so
     assert f"in {other}" in different[Q1].detail
 
 
+def test_without_names_a_tensor_that_is_nowhere_is_missing_too(make):
+    export = make()
+    export.model.graph.initializer.remove(export.weight(Q1))
+    export.strip_names()
+    assert export.different() == {Q1: TensorRelation(Q1, "missing")}
+
+
+def fuse(export: Editable, fused_IO: np.ndarray) -> None:
+    """Puts one matrix in the place of the gate, and takes that and the up projection away."""
+    node = next(node for node in export.model.graph.node if node.name == "/model/layers.1/mlp/gate_proj/MatMul")
+    node.name = "/model/layers.1/mlp/gate_up_proj/MatMul"
+    for name in GATE_UP:
+        export.model.graph.initializer.remove(export.weight(name))
+    export.model.graph.initializer.append(numpy_helper.from_array(fused_IO, node.input[1]))
+
+
 @pytest.mark.parametrize("stripped", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_projections_that_are_fused_are_found_in_their_parts(make, stripped, interleaved):
     export = make()
-    parts = [f"model.layers.1.mlp.{name}.weight" for name in ("gate_proj", "up_proj")]
-    gate, up = (export.read(name) for name in parts)
+    gate, up = (export.read(name) for name in GATE_UP)
     fused = np.stack([gate, up], axis=2).reshape(len(gate), -1) if interleaved else np.concatenate([gate, up], axis=1)
-    node = next(node for node in export.model.graph.node if node.name == "/model/layers.1/mlp/gate_proj/MatMul")
-    node.name = "/model/layers.1/mlp/gate_up_proj/MatMul"
-    for name in parts:
-        export.model.graph.initializer.remove(export.weight(name))
-    export.model.graph.initializer.append(numpy_helper.from_array(fused, node.input[1]))
+    fuse(export, fused)
     if stripped:
         export.strip_names()
     report = export.inspect()
@@ -264,4 +274,15 @@ def test_projections_that_are_fused_are_found_in_their_parts(make, stripped, int
     width = TINY["intermediate_size"]
     expected = [f"outputs 0 to {2 * width - 2} of {2 * width}, among others'", f"outputs 1 to {2 * width - 1} of"]
     expected = expected if interleaved else [f"outputs 0 to {width - 1} of", f"outputs {width} to {2 * width - 1} of"]
-    assert all(found[name].detail.startswith(text) for name, text in zip(parts, expected, strict=True))
+    assert all(found[name].detail.startswith(text) for name, text in zip(GATE_UP, expected, strict=True))
+
+
+def test_one_output_of_a_fused_projection_that_is_anothers_is_told_where_it_is(make):
+    export = make()
+    gate, up = (export.read(name) for name in GATE_UP)
+    up[:, 3] = gate[:, 5]
+    fuse(export, np.concatenate([gate, up], axis=1))
+    (found,) = export.different().values()
+    width = TINY["intermediate_size"]
+    assert (found.name, found.relation) == (GATE_UP[1], "changed")
+    assert found.detail == f"outputs {width} to {2 * width - 1} of {2 * width}; numbers that differ: {len(up)}"

@@ -1,5 +1,6 @@
 """Quantised weights as ONNX and OpenVINO store them: read as the runtimes read them, and told from wrong ones."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +30,15 @@ def random(seed: int = 0, rows: int = OUTPUTS, columns: int = INPUTS) -> np.ndar
     return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
 
 
-def single(path: Path, node: onnx.NodeProto, inputs: int, **constants: np.ndarray | TensorProto) -> StoredWeight:
-    """The one weight of a graph of one operator, saved at `path`."""
+def single(path: Path, nodes: list[onnx.NodeProto], inputs: int, **constants: np.ndarray | TensorProto) -> StoredWeight:
+    """The one weight of a graph, saved at `path`."""
     tensors = [
         value if isinstance(value, TensorProto) else numpy_helper.from_array(value, name)
         for name, value in constants.items()
     ]
     given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [inputs, inputs])
     result = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    graph = helper.make_graph([node], "g", [given], [result], tensors)
+    graph = helper.make_graph(nodes, "g", [given], [result], tensors)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
     (weight,) = onnx_weights(path)
@@ -51,8 +52,7 @@ def run_on_onnxruntime(path: Path, inputs: int) -> np.ndarray:
     return session.run(None, fed)[0]
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("zero_points", ["none", "packed", "floats"])
+@pytest.mark.parametrize(("bits", "zero_points"), [*itertools.product((2, 4, 8), ("none", "packed")), (4, "floats")])
 def test_blocks_of_matmulnbits_are_read_as_onnxruntime_reads_them(tmp_path, bits, zero_points):
     rng = np.random.default_rng(bits)
     blocks = -(-INPUTS // 16)
@@ -66,9 +66,37 @@ def test_blocks_of_matmulnbits_are_read_as_onnxruntime_reads_them(tmp_path, bits
         constants["zero_points"] = (rng.random(OUTPUTS * blocks) * 2**bits).astype(np.float32)
     sizes = {"K": INPUTS, "N": OUTPUTS, "bits": bits, "block_size": 16}
     node = helper.make_node("MatMulNBits", ["x", *constants], ["y"], domain="com.microsoft", **sizes)
-    weight = single(tmp_path / "m.onnx", node, INPUTS, **constants)
+    weight = single(tmp_path / "m.onnx", [node], INPUTS, **constants)
     assert (weight.shape, weight.bits, weight.block, weight.outputs_in_rows) == ((OUTPUTS, INPUTS), bits, 16, True)
-    np.testing.assert_allclose(weight.read().values_RC, run_on_onnxruntime(tmp_path / "m.onnx", INPUTS).T, rtol=1e-6)
+    expected = run_on_onnxruntime(tmp_path / "m.onnx", INPUTS).T
+    # code * scale less zero point * scale there, so that numbers near zero lose digits.
+    np.testing.assert_allclose(weight.read().values_RC, expected, rtol=1e-6, atol=2.0 ** (bits - 22))
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "uint8"])
+@pytest.mark.parametrize("with_zero_points", [False, True])
+def test_tables_whose_rows_are_gathered_are_read_as_onnxruntime_reads_them(tmp_path, dtype, with_zero_points):
+    rng, columns = np.random.default_rng(5), 64
+    low, high = {"int4": (-8, 8), "uint4": (0, 16), "uint8": (0, 256)}[dtype]
+    packed = 2 if dtype == "uint8" else 1  # two codes in a byte
+
+    def made(name: str, width: int) -> TensorProto:
+        codes = rng.integers(low, high, OUTPUTS * width // packed)
+        return helper.make_tensor(name, getattr(TensorProto, dtype.upper()), (OUTPUTS, width // packed), codes)
+
+    constants = {"table": made("table", columns), "scales": random(1, OUTPUTS, columns // 16)}
+    inputs = ["table", "rows", "scales"]
+    if with_zero_points:
+        constants["zero_points"] = made("zero_points", columns // 16)
+        inputs.append("zero_points")
+    sizes = {"bits": 4, "block_size": 16, "quantize_axis": 1}
+    cast = helper.make_node("Cast", ["x"], ["rows"], to=TensorProto.INT64)
+    node = helper.make_node("GatherBlockQuantized", inputs, ["y"], domain="com.microsoft", **sizes)
+    weight = single(tmp_path / "m.onnx", [cast, node], OUTPUTS, **constants)
+    session = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    every_row = np.tile(np.arange(OUTPUTS, dtype=np.float32), (OUTPUTS, 1))
+    expected = session.run(None, {"x": every_row})[0][0]
+    np.testing.assert_array_equal(weight.read().values_RC, expected)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int4", "uint4"])
@@ -76,7 +104,9 @@ def test_blocks_of_matmulnbits_are_read_as_onnxruntime_reads_them(tmp_path, bits
 def test_dequantizelinear_is_read_as_onnxruntime_reads_it(tmp_path, dtype, form):
     rng = np.random.default_rng(3)
     rows, columns = 32, 48
-    low, high = (-8, 8) if dtype == "int4" else (0, 16) if dtype == "uint4" else (-128, 128) if dtype == "int8" else (0, 256)
+    low, high = (
+        (-8, 8) if dtype == "int4" else (0, 16) if dtype == "uint4" else (-128, 128) if dtype == "int8" else (0, 256)
+    )
     shape, attributes = {
         "per tensor": ((), {}),
         "per row": ((rows,), {"axis": 0}),
@@ -86,10 +116,12 @@ def test_dequantizelinear_is_read_as_onnxruntime_reads_it(tmp_path, dtype, form)
     }[form]
     elem_type = getattr(TensorProto, dtype.upper())
     codes = helper.make_tensor("codes", elem_type, (rows, columns), rng.integers(low, high, rows * columns))
-    zero_point = helper.make_tensor("zero_point", elem_type, shape, np.atleast_1d(rng.integers(low, high, shape)).ravel())
+    zero_point = helper.make_tensor(
+        "zero_point", elem_type, shape, np.atleast_1d(rng.integers(low, high, shape)).ravel()
+    )
     scale = np.asarray(rng.random(shape), np.float32)
     dequantize = helper.make_node("DequantizeLinear", ["codes", "scale", "zero_point"], ["y"], **attributes)
-    weight = single(tmp_path / "m.onnx", dequantize, 1, codes=codes, scale=scale, zero_point=zero_point)
+    weight = single(tmp_path / "m.onnx", [dequantize], 1, codes=codes, scale=scale, zero_point=zero_point)
     expected = run_on_onnxruntime(tmp_path / "m.onnx", 1)
     values = weight.read().values_RC
     np.testing.assert_array_equal(values.T if form in ("per column", "blocks of columns") else values, expected)
@@ -162,8 +194,9 @@ def against(weight: np.ndarray, values: Values) -> Compared:
 def test_rounding_to_the_nearest_code_is_quantised_and_a_zero_point_that_is_off_by_one_is_changed(bits, block):
     for seed in range(20):
         weight = random(seed)
-        honest, off = against(weight, quantised(weight, bits, block)), against(
-            weight, quantised(weight, bits, block, zero_point_off=1)
+        honest, off = (
+            against(weight, quantised(weight, bits, block)),
+            against(weight, quantised(weight, bits, block, zero_point_off=1)),
         )
         assert (honest.relation, off.relation) == ("quantised", "changed")
 
@@ -186,13 +219,25 @@ def test_numbers_beyond_half_a_step_are_counted():
     assert 1.5 <= compared.worst_steps <= 2
 
 
+def test_weights_in_a_format_that_is_not_read_back_are_refused_rather_than_missing(tmp_path):
+    node = helper.make_node("MatMulBnb4", ["x", "B", "absmax"], ["y"], domain="com.microsoft")
+    with pytest.raises(InputError, match="weights of MatMulBnb4 cannot be read back"):
+        single(tmp_path / "m.onnx", [node], INPUTS)
+    x = opset13.parameter([48, 48], np.float32)
+    codes = openvino.op.Constant(openvino.Type.nf4, openvino.Shape([48, 48]), [0.0] * 48 * 48)
+    model = openvino.Model([opset13.matmul(x, opset13.convert(codes, "f32"), False, True)], [x])
+    openvino.serialize(model, tmp_path / "m.xml")
+    with pytest.raises(InputError, match="weights stored as nf4 cannot be read back"):
+        list(ir_weights(tmp_path / "m.xml"))
+
+
 @pytest.mark.parametrize(("bits", "scales"), [(3, 96), (4, 95)])
 def test_codes_and_scales_that_do_not_fit_together_are_refused_in_one_line(tmp_path, bits, scales):
     sizes = {"K": INPUTS, "N": OUTPUTS, "bits": bits, "block_size": 16}
     node = helper.make_node("MatMulNBits", ["x", "B", "scales"], ["y"], domain="com.microsoft", **sizes)
     constants = {"B": np.zeros((OUTPUTS, 4, 8), np.uint8), "scales": np.ones(scales, np.float32)}
     with pytest.raises(InputError, match=r"m\.onnx: .*") as refused:
-        single(tmp_path / "m.onnx", node, INPUTS, **constants).read()
+        single(tmp_path / "m.onnx", [node], INPUTS, **constants).read()
     assert "\n" not in str(refused.value)
 
 

@@ -112,7 +112,7 @@ def describe(path: str | Path) -> OnnxFile:
     """
     path = find_onnx(path)
     onnx = _import_onnx()
-    model = _parse(path)
+    model = parsed(path)
     tensors, nodes = list(every_tensor(model)), list(every_node(model))
     check_names(path, model, nodes, tensors)
     check_types(onnx, path, model, tensors)
@@ -163,7 +163,8 @@ def _decoder_of_genai_config(directory: Path) -> list[str]:
     return [filename]
 
 
-def _parse(path: Path) -> "onnx.ModelProto":
+def parsed(path: Path) -> "onnx.ModelProto":
+    """The message in an `.onnx` file, without its external data. Raises InputError when it is no whole model."""
     import onnx
     from google.protobuf.message import DecodeError
 

@@ -35,7 +35,7 @@ class WeightTotal:
 
 def every_node(model: "ModelProto") -> Iterator["NodeProto"]:
     """The nodes of the graph, of the branches and loops inside it, and of its functions."""
-    for graph in _graphs(model):
+    for graph in every_graph(model):
         yield from graph.node
     for function in model.functions:
         yield from function.node
@@ -46,7 +46,7 @@ def every_tensor(model: "ModelProto") -> Iterator["TensorProto"]:
 
     Constants in the file itself are left out: they are sizes and axes, part of the program, not weights.
     """
-    for graph in _graphs(model):
+    for graph in every_graph(model):
         yield from graph.initializer
     for node in every_node(model):
         for attribute in node.attribute:
@@ -100,7 +100,7 @@ def attention_width(nodes: Sequence["NodeProto"], shapes: Mapping[str, tuple[int
     return widths.pop() if len(widths) == 1 else None
 
 
-def _graphs(model: "ModelProto") -> Iterator["GraphProto"]:
+def every_graph(model: "ModelProto") -> Iterator["GraphProto"]:
     """The main graph and every graph inside a node, in no particular order."""
     waiting = [model.graph]
     waiting += [graph for function in model.functions for node in function.node for graph in _bodies(node)]
