@@ -61,6 +61,7 @@ class KVCache:
         self._has_dropped = False  # then earlier states cannot be restored
         self._awaited: set[int] = set()  # layers that still have to bring the tokens of this pass
         self._newest_BT = np.empty((batch_size, 0), np.int64)  # positions of this pass
+        self._there_BT = self._newest_BT >= 0
         self._first_pass = False  # this pass found the cache empty
         self._positions = Slots((np.empty((batch_size, 1, 0), np.int64),))
         shape = batch_size, config.num_key_value_heads, config.head_dim
@@ -70,7 +71,7 @@ class KVCache:
     @property
     def batch_size(self) -> int:
         """Rows."""
-        return self.positions_BS.shape[0]
+        return self._positions.rows
 
     @property
     def length(self) -> int:
@@ -120,9 +121,8 @@ class KVCache:
         elif positions_BT is not self._newest_BT and not np.array_equal(positions_BT, self._newest_BT):
             raise CacheError(f"cache: layer {layer} brings other positions than the layers before it in this pass")
         positions_BS = self.positions_BS
-        k_BKSH, v_BKSH = (
-            self._add(store, x_BKTH) for store, x_BKTH in ((self._keys[layer], k_BKTH), (self._values[layer], v_BKTH))
-        )
+        k_BKSH = self._add(self._keys[layer], k_BKTH)
+        v_BKSH = self._add(self._values[layer], v_BKTH)
         self._awaited.remove(layer)
         if not self._awaited:
             self._drop_unseen()
@@ -130,10 +130,10 @@ class KVCache:
 
     def _add(self, store: Store, x_BKTH: np.ndarray) -> Vectors:
         """Stores new vectors; returns what attention reads."""
-        store.append(x_BKTH, self._newest_BT >= 0)
+        store.append(x_BKTH, self._there_BT)
         x_BKSH = store.read(x_BKTH.dtype)
         if self._first_pass and self.scheme.first_pass_raw:
-            raw_B = (self._newest_BT >= 0).sum(axis=1) >= self.scheme.first_pass_raw
+            raw_B = self._there_BT.sum(axis=1) >= self.scheme.first_pass_raw
             x_BKSH = x_BKTH if raw_B.all() else np.where(raw_B[:, None, None, None], x_BKTH, x_BKSH)
         store.settle()
         return x_BKSH
@@ -191,7 +191,7 @@ class KVCache:
             raise CacheError(f"cache: expected {self.batch_size} rows, found {positions_BT.shape[0]}")
         self._first_pass = not self.length
         self._positions.append((positions_BT[:, None],))
-        self._newest_BT = positions_BT
+        self._newest_BT, self._there_BT = positions_BT, positions_BT >= 0
         self._awaited = set(range(self.config.num_hidden_layers))
 
     def _drop_unseen(self) -> None:

@@ -20,9 +20,15 @@ class Slots:
         return self._end - self._start
 
     @property
+    def rows(self) -> int:
+        """Of every array."""
+        return self._arrays[0].shape[0]
+
+    @property
     def held(self) -> Arrays:
         """Views of the slots in use, valid until the next append."""
-        return tuple(array[:, :, self._start : self._end] for array in self._arrays)
+        in_use = slice(self._start, self._end)
+        return tuple([array[:, :, in_use] for array in self._arrays])
 
     @property
     def nbytes(self) -> int:
@@ -31,14 +37,15 @@ class Slots:
 
     def append(self, new: Arrays) -> None:
         """Adds slots behind the newest; values are rounded to the arrays' own dtypes."""
-        tokens = new[0].shape[2]
-        if self._end + tokens > self._arrays[0].shape[2]:
+        end = self._end + new[0].shape[2]
+        if end > self._arrays[0].shape[2]:
             # What drops slots moves on through its buffer: twice the size makes the move to the front rare.
-            wanted = len(self) + tokens
+            wanted = end - self._start
             self._move_to(_power_of_two(2 * wanted if self._start else wanted))
+            end = wanted
         for array, x in zip(self._arrays, new, strict=True):
-            array[:, :, self._end : self._end + tokens] = x
-        self._end += tokens
+            array[:, :, self._end : end] = x
+        self._end = end
 
     def drop(self, slots: int) -> None:
         """Forgets the oldest, and gives back memory when little is left."""

@@ -1,6 +1,6 @@
-"""What attention reads of a cache that holds codes: an array-like that decodes a few tokens at a time."""
+"""What attention reads of a cache that holds codes: an array-like that multiplies without being decoded whole."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,8 +10,6 @@ from refengine.slots import Arrays
 
 if TYPE_CHECKING:
     from refengine.codecs.codec import Codec
-
-BLOCK = 256  # tokens decoded at a time, so that what they decode to stays in the processor's cache
 
 
 class Piece(Protocol):
@@ -77,36 +75,28 @@ class Coded:
 
     def decoded(self, dtype: np.dtype) -> np.ndarray:
         """In `dtype`."""
-        blocks = [self.codec.decode(arrays, dtype)[:, :, cut] for arrays, cut in self._blocks()]
-        return np.concatenate(blocks, axis=2)
+        arrays, wanted = self._slots()
+        return self.codec.decode(arrays, dtype)[:, :, wanted]
 
     def scores(self, q_BKRH: np.ndarray) -> np.ndarray:
-        """`q @ x.T`, block by block."""
-        blocks = [self.codec.scores(q_BKRH, arrays)[..., cut] for arrays, cut in self._blocks()]
-        return np.concatenate(blocks, axis=-1)
+        """`q @ x.T`."""
+        arrays, wanted = self._slots()
+        return self.codec.scores(q_BKRH, arrays)[..., wanted]
 
     def weighted_sum(self, p_BKRT: np.ndarray) -> np.ndarray:
-        """`p @ x`, block by block."""
-        sums, done = [], 0
-        for arrays, cut in self._blocks():
-            wanted_BKRT = p_BKRT[..., done : done + cut.stop - cut.start]
-            done += cut.stop - cut.start
-            held = arrays[0].shape[2] * self.codec.tokens
-            if held > wanted_BKRT.shape[-1]:  # tokens of the first and last slot that were not asked for weigh nothing
-                wanted_BKRT = np.pad(wanted_BKRT, [(0, 0)] * 3 + [(cut.start, held - cut.stop)])
-            sums.append(self.codec.weighted_sum(wanted_BKRT, arrays))
-        return np.add.reduce(sums)
+        """`p @ x`; tokens of the first and last slot that were not asked for weigh nothing."""
+        arrays, wanted = self._slots()
+        held = arrays[0].shape[2] * self.codec.tokens
+        if held > len(self):
+            p_BKRT = np.pad(p_BKRT, [(0, 0)] * 3 + [(wanted.start, held - wanted.stop)])
+        return self.codec.weighted_sum(p_BKRT, arrays)
 
-    def _blocks(self) -> Iterator[tuple[Arrays, slice]]:
+    def _slots(self) -> tuple[Arrays, slice]:
         """Arrays of whole slots, and which of the tokens in them are asked for."""
         unit = self.codec.tokens
-        for start in range(self.start, self.stop, BLOCK):
-            stop = min(start + BLOCK, self.stop)
-            first, last = start // unit, -(-stop // unit)
-            yield (
-                tuple(array[:, :, first:last] for array in self.arrays),
-                slice(start - first * unit, stop - first * unit),
-            )
+        first, last = self.start // unit, -(-self.stop // unit)
+        wanted = slice(self.start - first * unit, self.stop - first * unit)
+        return tuple(array[:, :, first:last] for array in self.arrays), wanted
 
 
 class View:

@@ -6,11 +6,10 @@ from typing import Literal
 
 import numpy as np
 
-from refengine.codecs.codec import Codec, check_finite
+from refengine.codecs.codec import BLOCK, Codec, check_finite, scores_in_blocks, sums_in_blocks
 from refengine.codecs.packing import pack_nibbles, pack_quarters, unpack_nibbles, unpack_quarters
 from refengine.errors import InputError
 from refengine.slots import Arrays
-from refengine.views import BLOCK
 
 Fit = Callable[[np.ndarray, int], tuple[np.ndarray, ...]]
 
@@ -111,39 +110,42 @@ class Affine(Codec):
         """The products with the codes; scale and zero are then applied to the scores, which are fewer."""
         if self.tokens > 1:
             return super().scores(q_BKRH, arrays)
-        codes_BKJTG, scale_BKJ1T, zero_BKJ1T = self._grouped(arrays, q_BKRH.dtype)
+        scale_BKJ1T, zero_BKJ1T = self._params(arrays, q_BKRH.dtype)
         B, K, R, _ = q_BKRH.shape
-        q_BKJRG = q_BKRH.reshape(B, K, R, codes_BKJTG.shape[2], -1).swapaxes(2, 3)
-        scores_BKJRT = q_BKJRG @ codes_BKJTG.swapaxes(-1, -2)
+        q_BKJRG = q_BKRH.reshape(B, K, R, scale_BKJ1T.shape[2], -1).swapaxes(2, 3)
+        scores_BKJRT = scores_in_blocks(q_BKJRG, arrays, lambda part: self._grouped(part, q_BKRH.dtype))
         sums_BKJR1 = q_BKJRG.sum(axis=-1, keepdims=True)
         if self.zero == "point":
             scores_BKJRT -= sums_BKJR1 * zero_BKJ1T
         scores_BKJRT *= scale_BKJ1T
         if self.zero == "offset":
             scores_BKJRT += sums_BKJR1 * zero_BKJ1T
-        return scores_BKJRT.sum(axis=2)
+        return scores_BKJRT.sum(axis=2) if scores_BKJRT.shape[2] > 1 else scores_BKJRT[:, :, 0]
 
     def weighted_sum(self, p_BKRT: np.ndarray, arrays: Arrays) -> np.ndarray:
         """The weights are scaled in place of the values."""
         if self.tokens > 1:
             return super().weighted_sum(p_BKRT, arrays)
-        codes_BKJTG, scale_BKJ1T, zero_BKJ1T = self._grouped(arrays, p_BKRT.dtype)
+        scale_BKJ1T, zero_BKJ1T = self._params(arrays, p_BKRT.dtype)
         p_BKJRT = p_BKRT[:, :, None]
         scaled_BKJRT = p_BKJRT * scale_BKJ1T
-        y_BKJRG = scaled_BKJRT @ codes_BKJTG
+        y_BKJRG = sums_in_blocks(scaled_BKJRT, arrays, lambda part: self._grouped(part, p_BKRT.dtype))
         if self.zero == "point":
             y_BKJRG -= np.vecdot(scaled_BKJRT, zero_BKJ1T)[..., None]
         if self.zero == "offset":
             y_BKJRG += np.vecdot(p_BKJRT, zero_BKJ1T)[..., None]
         return y_BKJRG.swapaxes(2, 3).reshape(*p_BKRT.shape[:3], -1)
 
-    def _grouped(self, arrays: Arrays, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Codes, scales and zeros with the groups of head_dim in front of the tokens."""
+    def _params(self, arrays: Arrays, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """Scales and zeros, `BKJ1T`: the groups of head_dim in front of the tokens."""
+        scale_BKJ1T, *zero = (array.swapaxes(-1, -2)[..., None, :].astype(dtype, order="C") for array in arrays[1:])
+        return scale_BKJ1T, zero[0] if zero else scale_BKJ1T  # where there is no zero, none is read
+
+    def _grouped(self, arrays: Arrays, dtype: np.dtype) -> np.ndarray:
+        """Codes, `BKJTG`."""
         codes_BKTH = self.codes(arrays[0], dtype)
-        params = [array.swapaxes(-1, -2)[..., None, :].astype(dtype, copy=False) for array in arrays[1:]]
-        scale_BKJ1T, zero_BKJ1T = params if len(params) == 2 else (params[0], params[0])  # "none" reads no zero
-        codes_BKTJG = codes_BKTH.reshape(*codes_BKTH.shape[:3], scale_BKJ1T.shape[2], -1)
-        return codes_BKTJG.swapaxes(2, 3), scale_BKJ1T, zero_BKJ1T
+        codes_BKTJG = codes_BKTH.reshape(*codes_BKTH.shape[:3], arrays[1].shape[3], -1)
+        return codes_BKTJG.swapaxes(2, 3)
 
     def codes(self, stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """The codes as numbers, in a float dtype."""

@@ -1,6 +1,7 @@
 """What a codec is: vectors into arrays of codes and scales, and back."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +10,15 @@ from refengine.errors import CacheError
 from refengine.slots import Arrays
 from refengine.views import Coded, Vectors, View
 
+BLOCK, VECTORS = 256, 1024  # tokens, and vectors over all rows and heads, that are decoded at a time, at most
+Decode = Callable[[Arrays], np.ndarray]
+
 
 class Codec(ABC):
     """How vectors are stored: with `tokens` of them, those that share scales, in a slot of each array.
 
     Attributes:
-        tokens: a power of two, at most `refengine.views.BLOCK`; 1 where every token has scales of its own.
+        tokens: a power of two, at most `BLOCK`; 1 where every token has scales of its own.
     """
 
     tokens: int = 1
@@ -52,11 +56,11 @@ class Codec(ABC):
 
     def scores(self, q_BKRH: np.ndarray, arrays: Arrays) -> np.ndarray:
         """`q @ decoded.T`, as `scores_BKRT`."""
-        return q_BKRH @ self.decode(arrays, q_BKRH.dtype).swapaxes(-1, -2)
+        return scores_in_blocks(q_BKRH, arrays, lambda part: self.decode(part, q_BKRH.dtype), self.tokens)
 
     def weighted_sum(self, p_BKRT: np.ndarray, arrays: Arrays) -> np.ndarray:
         """`p @ decoded`, as `y_BKRH`."""
-        return p_BKRT @ self.decode(arrays, p_BKRT.dtype)
+        return sums_in_blocks(p_BKRT, arrays, lambda part: self.decode(part, p_BKRT.dtype), self.tokens)
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,11 @@ class Float(Codec):
 
     def encode(self, x_BKTH: np.ndarray) -> Arrays:
         """The rounded vectors. NaN stays NaN; CacheError where a finite value is beyond a narrow dtype's range."""
+        if x_BKTH.dtype == self.dtype:
+            return (x_BKTH,)
         with np.errstate(over="ignore"):
-            stored = x_BKTH.astype(self.dtype, copy=False)
-        if stored is not x_BKTH and not np.isfinite(stored).all():
+            stored = x_BKTH.astype(self.dtype)
+        if not np.isfinite(stored).all():
             raise CacheError(f"cache: a key or value is beyond the range of {np.dtype(self.dtype)}, or not finite")
         return (stored,)
 
@@ -94,3 +100,26 @@ def check_finite(x: np.ndarray) -> None:
     """Raises CacheError at NaN and infinity, for which a group of integers with a common scale has no place."""
     if not np.isfinite(x).all():
         raise CacheError("cache: expected finite keys and values to quantise, found NaN or infinity")
+
+
+def scores_in_blocks(q_XRH: np.ndarray, arrays: Arrays, decoded: Decode, tokens: int = 1) -> np.ndarray:
+    """`q @ decoded(arrays).T`, as `scores_XRT`, with a few tokens decoded at a time."""
+    return np.concatenate([q_XRH @ decoded(part).swapaxes(-1, -2) for part in _blocks(arrays, tokens)], axis=-1)
+
+
+def sums_in_blocks(p_XRT: np.ndarray, arrays: Arrays, decoded: Decode, tokens: int = 1) -> np.ndarray:
+    """`p @ decoded(arrays)`, as `y_XRH`, with a few tokens decoded at a time."""
+    sums, start = [], 0
+    for part in _blocks(arrays, tokens):
+        stop = start + part[0].shape[2] * tokens
+        sums.append(p_XRT[..., start:stop] @ decoded(part))
+        start = stop
+    return np.add.reduce(sums)
+
+
+def _blocks(arrays: Arrays, tokens: int) -> Iterator[Arrays]:
+    """Slots of so many tokens that what they decode to, for all rows and heads, stays in the processor's cache."""
+    rows, heads, slots = arrays[0].shape[:3]
+    each = max(min(BLOCK, VECTORS // (rows * heads)) // tokens, 1)
+    for start in range(0, slots, each):
+        yield tuple(array[:, :, start : start + each] for array in arrays)

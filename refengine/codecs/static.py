@@ -8,7 +8,7 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from refengine.codecs.codec import Codec, check_finite
+from refengine.codecs.codec import Codec, check_finite, scores_in_blocks, sums_in_blocks
 from refengine.codecs.packing import pack_nibbles, unpack_nibbles
 from refengine.config import Config
 from refengine.errors import InputError
@@ -98,13 +98,13 @@ class Static(Codec):
 
     def scores(self, q_BKRH: np.ndarray, arrays: Arrays) -> np.ndarray:
         """The query is scaled in place of the keys."""
-        codes_BKTH = self._codes(arrays[0], q_BKRH.dtype)
-        return (q_BKRH * self._scale_K1H(codes_BKTH.shape[1])) @ codes_BKTH.swapaxes(-1, -2)
+        scaled_BKRH = q_BKRH * self._scale_K1H(q_BKRH.shape[1]).astype(q_BKRH.dtype, copy=False)
+        return scores_in_blocks(scaled_BKRH, arrays, lambda part: self._codes(part[0], q_BKRH.dtype))
 
     def weighted_sum(self, p_BKRT: np.ndarray, arrays: Arrays) -> np.ndarray:
         """The sum is scaled in place of the values."""
-        codes_BKTH = self._codes(arrays[0], p_BKRT.dtype)
-        return (p_BKRT @ codes_BKTH) * self._scale_K1H(codes_BKTH.shape[1])
+        sums_BKRH = sums_in_blocks(p_BKRT, arrays, lambda part: self._codes(part[0], p_BKRT.dtype))
+        return sums_BKRH * self._scale_K1H(p_BKRT.shape[1]).astype(p_BKRT.dtype, copy=False)
 
     def _codes(self, stored: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """As numbers, in a float dtype."""
