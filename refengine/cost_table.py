@@ -13,7 +13,7 @@ from refengine.config import Config
 from refengine.cost import Flops, GenerationCost, PassCost, generation_cost, kept_slots
 from refengine.errors import ConfigError, InputError
 from refengine.machine import Machine, measure_bandwidth, measure_flops
-from refengine.quant import SCHEMES, scheme_named
+from refengine.quant import SCHEMES, UNMEASURED
 from refengine.scheme import Scheme, check_scheme
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def add_cost(verbs: Any) -> None:
         metavar="S",
         help=f"tokens of each row; default {SEQUENCE_LENGTH}, or all positions of a shorter model",
     )
-    verb.add_argument("--kv-cache", default="float32", metavar="SCHEME", help=f"{', '.join(SCHEMES)}; default float32")
+    verb.add_argument(
+        "--kv-cache", default="float32", metavar="SCHEME", help=f"{', '.join([*SCHEMES, *UNMEASURED])}; default float32"
+    )
     verb.add_argument("--bandwidth", metavar="GB/s", help="memory bandwidth; measured when not given")
     verb.add_argument("--flops", metavar="GFLOP/s", help="float32 FLOPs a second; measured when not given")
 
@@ -61,7 +63,10 @@ def _cost(options: argparse.Namespace) -> int:
     if options.sequence_length is not None:
         length = _whole("--sequence-length", options.sequence_length)
     bandwidth, flops = _rate("--bandwidth", options.bandwidth), _rate("--flops", options.flops)
-    check_scheme(config, scheme_named(options.kv_cache))
+    every = {**SCHEMES, **UNMEASURED}
+    if options.kv_cache not in every:
+        raise InputError(f"KV cache: expected one of {', '.join(every)}, found {options.kv_cache!r}")
+    check_scheme(config, every[options.kv_cache])
     costs = {name: generation_cost(config, batch_size, length, scheme) for name, scheme in _storable(config).items()}
     machine = Machine(bandwidth or measure_bandwidth(), flops or measure_flops())
     measured = [name for name, given in (("bandwidth", bandwidth), ("FLOP rate", flops)) if given is None]
@@ -83,9 +88,9 @@ def _cost(options: argparse.Namespace) -> int:
 
 
 def _storable(config: Config) -> dict[str, Scheme]:
-    """The schemes that can store this model's heads."""
+    """The schemes that can store this model's heads; bytes do not depend on scales that are still to be measured."""
     schemes = {}
-    for name, scheme in SCHEMES.items():
+    for name, scheme in {**SCHEMES, **UNMEASURED}.items():
         with suppress(InputError):
             check_scheme(config, scheme)
             schemes[name] = scheme

@@ -6,7 +6,7 @@ from functools import partial
 import ml_dtypes
 import numpy as np
 
-from refengine.calibration import Calibration, calibrated
+from refengine.calibration import calibrated
 from refengine.codecs.ggml import Turned, ggml, ggml_ops
 from refengine.codecs.huggingface import kivi, quantized_cache
 from refengine.codecs.openvino import openvino, openvino_float16, openvino_turbo
@@ -59,12 +59,18 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 
 # Their scales are measured on a model and tokens like those that it will be fed; "ort" is GroupQueryAttention's.
-CALIBRATED: Mapping[str, Calibration] = {
+CALIBRATED: Mapping[str, partial[Scheme]] = {
     "fp8-calibrated": partial(calibrated, numbers="float8_e4m3fn"),
     "ort-int8": partial(calibrated, numbers="int8"),
     "ort-int8-channel": partial(calibrated, numbers="int8", per_channel=True),
     "ort-int4": partial(calibrated, numbers="int4"),
     "ort-int4-channel": partial(calibrated, numbers="int4", per_channel=True),
+}
+
+
+# The same with scales of one, for those who ask for their bytes alone.
+UNMEASURED: Mapping[str, Scheme] = {
+    name: both(Static(measure.keywords["numbers"], ((1.0,),))) for name, measure in CALIBRATED.items()
 }
 
 

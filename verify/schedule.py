@@ -34,12 +34,17 @@ def dynamic(lengths: Sequence[int], max_new_tokens: int, limits: Limits) -> Sche
 
 def continuous(lengths: Sequence[int], max_new_tokens: int, limits: Limits) -> Schedule:
     """One batch that rows join in the order of the prompts, at most one a step, and leave when they have ended."""
+    return joining_and_leaving([max_new_tokens] * len(lengths), limits.max_batch_size)
+
+
+def joining_and_leaving(new_tokens: Sequence[int], max_batch_size: int) -> Schedule:
+    """Likewise, of rows that gain different numbers of tokens."""
     steps: list[tuple[int, ...]] = []
     joined = 0
     awaited: dict[int, int] = {}  # row of the batch -> tokens that it still has to gain
-    while awaited or joined < len(lengths):
-        if joined < len(lengths) and len(awaited) < limits.max_batch_size:
-            awaited[joined] = max_new_tokens
+    while awaited or joined < len(new_tokens):
+        if joined < len(new_tokens) and len(awaited) < max_batch_size:
+            awaited[joined] = new_tokens[joined]
             joined += 1
         steps.append(tuple(awaited))
         awaited = {row: tokens - 1 for row, tokens in awaited.items() if tokens > 1}

@@ -16,7 +16,7 @@ from refengine.cost import generation_cost
 from refengine.cost_table import in_units
 from refengine.errors import InputError
 from refengine.machine import Machine, measure_machine
-from refengine.quant import SCHEMES, scheme_named
+from refengine.quant import SCHEMES, UNMEASURED, scheme_named
 from refengine.scheme import Scheme, check_scheme, stored_as
 from tests.checkpoints import TINY, write_checkpoint
 
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 GIVEN = ("--bandwidth", "50", "--flops", "200")
 MACHINE = Machine(bandwidth=50e9, flops=200e9)
 CONFIG = Config.from_dict(TINY)
+EVERY = {**SCHEMES, **UNMEASURED}
 UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1}
 
 
@@ -75,8 +76,8 @@ def can_store(scheme: Scheme) -> bool:
 
 def test_every_scheme_that_can_store_the_models_heads_has_its_bytes_and_its_time(checkpoint, capsys):
     text = shown(capsys, checkpoint, "--batch-size", 3, "--sequence-length", 100, *GIVEN)
-    assert {name: f"\n{name}  " in text for name in SCHEMES} == {name: can_store(SCHEMES[name]) for name in SCHEMES}
-    for name, scheme in SCHEMES.items():
+    assert {name: f"\n{name}  " in text for name in EVERY} == {name: can_store(EVERY[name]) for name in EVERY}
+    for name, scheme in EVERY.items():
         if not can_store(scheme):
             continue
         cost = generation_cost(CONFIG, 3, 100, scheme)
@@ -165,7 +166,7 @@ def test_numbers_that_cannot_be_are_refused_in_one_line_and_nothing_is_printed(c
     assert err.startswith("refengine: ")
     assert words in err
     assert err.count("\n") == 1
-    assert len(err) < 160 + sum(map(len, SCHEMES))
+    assert len(err) < 160 + len(", ".join(EVERY))
 
 
 @pytest.mark.parametrize("config", [None, "{}", "no json"])

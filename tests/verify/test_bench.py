@@ -13,8 +13,8 @@ import pytest
 from tests.verify.commands import Done, verify, verify_elsewhere
 from verify.runtimes import RUNTIMES
 
-FOR_ALL = ["no cache", "cache", "batch", "batch, cache"]
-ON_REFERENCE = [*FOR_ALL, "batch, cache, int8", "continuous"]
+FOR_ALL = ["no cache", "cache", "batch", "batch, cache", "continuous"]
+ON_REFERENCE = [*FOR_ALL[:-1], "batch, cache, int8", "continuous"]
 BATCH, NEW_TOKENS = 3, 4
 
 
@@ -115,7 +115,7 @@ def test_a_model_alone_is_measured_on_the_reference_and_a_lone_token_has_no_furt
     done = verify("bench", small.checkpoint, *quick, "--kv-cache", "float16", "--kv-cache", "int4", "--json", "-")
     assert done.code == 0
     report = json.loads(done.out)
-    names = [*FOR_ALL, "batch, cache, float16", "batch, cache, int4", "continuous"]
+    names = [*FOR_ALL[:-1], "batch, cache, float16", "batch, cache, int4", "continuous"]
     assert [(row["engine"], row["strategy"]) for row in report["rows"]] == [("reference", name) for name in names]
     assert {row["figures"]["further_token"] for row in report["rows"]} == {None}
     assert (report["candidate"], report["curves"]) == (None, [])
@@ -134,7 +134,7 @@ def test_an_export_that_no_runtime_can_open_is_rows_with_a_reason_and_the_others
     for row in rows:
         assert (row["figures"] is None) == (row["engine"] in RUNTIMES) == (row["reason"] is not None)
     (line,) = (line for line in done.out.splitlines() if line.startswith("ort-cpu ("))
-    assert line.startswith("ort-cpu (no cache; cache; batch; batch, cache): ")
+    assert line.startswith("ort-cpu (no cache; cache; batch; batch, cache; continuous): ")
     assert f"{broken}: not a whole ONNX file" in line
     assert done.err == ""
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,8 +22,10 @@ from verify.bench.positions import curves
 from verify.bench.rounds import measure
 from verify.bench.strategies import PROMPT_LENGTH, Task, least_seconds, strategies_of_all, strategies_of_reference
 from verify.bench.worker import Worker, WorkerFailed
+from verify.errors import NoVerdict
 from verify.runtimes import RUNTIMES
 
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 BATCH, NEW_TOKENS = 2, 5
 RATES = Machine(bandwidth=1e9, flops=1e9)
 ALL = {strategy.name: strategy for strategy in strategies_of_all(BATCH)}
@@ -53,9 +56,11 @@ def test_what_is_timed_are_the_tokens_that_each_prompt_gets_alone(small, engine,
     assert np.stack(list(steps), axis=1).tolist() == alone
 
 
-@pytest.mark.parametrize("strategy", OF_REFERENCE)
-def test_a_turn_gives_every_request_its_tokens(small, strategy):
-    measured = task(small, strategy)
+@pytest.mark.parametrize(
+    ("strategy", "runtime"), [*((strategy, None) for strategy in OF_REFERENCE), *((name, "ort-cpu") for name in ALL)]
+)
+def test_a_turn_gives_every_request_its_tokens(small, strategy, runtime):
+    measured = task(small, strategy, runtime)
     sample = prepare(measured)()
     requests, batches = len(measured.new_tokens), 1
     timed = requests if strategy == "continuous" else batches  # the rows of a batch get their tokens together
@@ -176,3 +181,12 @@ def test_the_machine_is_one_line_with_its_cores_and_versions():
     assert "cores of " in machine()
     assert "ONNX Runtime 1." in machine()
     assert "\n" not in machine()
+
+
+def test_an_export_whose_batch_nobody_can_join_has_a_reason(small):
+    unable = task(small, "continuous", "openvino")
+    unable = replace(
+        unable, candidate=FIXTURES / "exports" / "optimum-intel", config=open_checkpoint(FIXTURES / "tiny_llama").config
+    )
+    with pytest.raises(NoVerdict, match="rows cannot join and leave a batch of this export's"):
+        prepare(unable)

@@ -19,8 +19,10 @@ from refengine.weights import Weights
 from verify.bench.machine import forget_peak, peak_memory
 from verify.bench.strategies import PROMPT_LENGTH, Strategy, Task
 from verify.candidates import Candidate, Past
+from verify.drive import run_candidate
 from verify.errors import NoVerdict
 from verify.runtimes import RUNTIMES
+from verify.schedule import joining_and_leaving
 
 Pass = Callable[[np.ndarray, np.ndarray], np.ndarray]  # token_ids_BT, positions_BT -> logits_BV of the last token
 WARM_UP = 2  # new tokens
@@ -61,7 +63,9 @@ def prepare(task: Task) -> Callable[[], Sample]:
     random = np.random.default_rng(0)
     prompts_RT = random.integers(0, task.config.vocab_size, (len(new_tokens), PROMPT_LENGTH))
     turn: Callable[[Sequence[int]], Sample]
-    if task.candidate is not None:
+    if task.candidate is not None and strategy.continuous:
+        turn = partial(_joining_turn, _opened(task, task.candidate), strategy.batch_size, prompts_RT)
+    elif task.candidate is not None:
         begin = partial(candidate_pass, _opened(task, task.candidate), strategy.cached)
         turn = partial(_batch_turn, begin, prompts_RT, strategy.cached)
     else:
@@ -117,6 +121,8 @@ def _opened(task: Task, export: Path) -> Candidate:
     candidate = RUNTIMES[task.engine](export, task.engine, {}, task.config)
     if task.strategy.cached and not candidate.interface.has_cache:
         raise NoVerdict(f"{candidate.path}: the export has no past_key_values input, so it has no cache to decode with")
+    if task.strategy.continuous and not (candidate.can_merge and candidate.can_pad_left):
+        raise NoVerdict(f"{candidate.path}: rows cannot join and leave a batch of this export's")
     return candidate
 
 
@@ -128,6 +134,25 @@ def _batch_turn(begin: Callable[[], Pass], prompts_BT: np.ndarray, cached: bool,
         times.append(time.perf_counter())
     first, *further = np.diff(times).tolist()
     return Sample(sum(new_tokens), times[-1] - times[0], (first,), tuple(further), peak_memory())
+
+
+def _joining_turn(candidate: Candidate, batch_size: int, prompts_RT: np.ndarray, new_tokens: Sequence[int]) -> Sample:
+    schedule = joining_and_leaving(new_tokens, batch_size)
+    began = time.perf_counter()
+    ends: list[float] = []  # of the steps
+    run_candidate(
+        candidate,
+        prompts_RT.tolist(),
+        schedule,
+        use_cache=True,
+        on_step=lambda tokens: ends.append(time.perf_counter() - began),
+    )
+    came: dict[int, list[float]] = {}
+    for rows, end in zip(schedule, ends, strict=True):
+        for row in rows:
+            came.setdefault(row, []).append(end)
+    further = [gap for times in came.values() for gap in np.diff(times).tolist()]
+    return Sample(sum(new_tokens), ends[-1], tuple(times[0] for times in came.values()), tuple(further), peak_memory())
 
 
 def _continuous_turn(weights: Weights, strategy: Strategy, prompts_RT: np.ndarray, new_tokens: Sequence[int]) -> Sample:

@@ -70,16 +70,15 @@ def strategies_of_all(batch_size: int) -> list[Strategy]:
         Strategy("cache", 1, cached=True),
         Strategy("batch", batch_size, cached=False),
         Strategy("batch, cache", batch_size, cached=True),
+        Strategy("continuous", batch_size, cached=True, continuous=True),
     ]
 
 
 def strategies_of_reference(batch_size: int, schemes: Sequence[str]) -> list[Strategy]:
     """Those that the reference engine is measured in, with a row for each scheme of its cache."""
-    return [
-        *strategies_of_all(batch_size),
-        *(Strategy(f"batch, cache, {scheme}", batch_size, cached=True, scheme=scheme) for scheme in schemes),
-        Strategy("continuous", batch_size, cached=True, continuous=True),
-    ]
+    *of_all, continuous = strategies_of_all(batch_size)
+    quantised = [Strategy(f"batch, cache, {scheme}", batch_size, cached=True, scheme=scheme) for scheme in schemes]
+    return [*of_all, *quantised, continuous]
 
 
 def least_seconds(task: Task, machine: Machine) -> float:
