@@ -144,6 +144,8 @@ class Affine(Codec):
     def _grouped(self, arrays: Arrays, dtype: np.dtype) -> np.ndarray:
         """Codes, `BKJTG`."""
         codes_BKTH = self.codes(arrays[0], dtype)
+        if arrays[1].shape[3] == 1:
+            return codes_BKTH[:, :, None]
         codes_BKTJG = codes_BKTH.reshape(*codes_BKTH.shape[:3], arrays[1].shape[3], -1)
         return codes_BKTJG.swapaxes(2, 3)
 

@@ -178,7 +178,9 @@ def _divided(x_XG: np.ndarray, scale_X: np.ndarray, zero_X: np.ndarray) -> np.nd
 
 def _codes(x_XG: np.ndarray, scale_X: np.ndarray, lowest: int, highest: int) -> np.ndarray:
     steps_XG = x_XG / np.where(scale_X == 0, scale_X.dtype.type(1), scale_X)[..., None]
-    return np.clip(np.rint(steps_XG), lowest, highest)
+    np.rint(steps_XG, out=steps_XG)
+    np.minimum(steps_XG, highest, out=steps_XG)  # for a single token np.clip takes five times as long
+    return np.maximum(steps_XG, lowest, out=steps_XG)
 
 
 def _inverse(x_X: np.ndarray) -> np.ndarray:
