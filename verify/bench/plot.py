@@ -1,8 +1,10 @@
 """The plots of benchmarks. The one file that imports matplotlib, when it draws."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from refengine.errors import InputError, MissingPackage
 from verify.report.bench import Benchmark
@@ -22,6 +24,7 @@ FAMILIES: Mapping[str, str] = {  # beginning of the names -> colour
 }
 OURS = "#2166ac"
 CACHE_SIZE = (9.0, 6.5)  # inches
+LABEL = 6.5  # typographic points
 
 
 def check_plot(path: Path) -> None:
@@ -77,13 +80,16 @@ def write_cache_plot(study: CacheStudy, path: Path, suffix: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     exact = study.schemes[0]
-    for figures in study.schemes[1:]:
-        colour = next((colour for start, colour in FAMILIES.items() if figures.scheme.startswith(start)), OURS)
-        share = figures.bytes_per_token / exact.bytes_per_token
-        axes.plot(share, figures.divergence, "o", color=colour, markersize=4)
-        axes.annotate(
-            figures.scheme, (share, figures.divergence), (4, 2), textcoords="offset points", fontsize=6.5, color=colour
+    points = [
+        (
+            figures.scheme,
+            (figures.bytes_per_token / exact.bytes_per_token, figures.divergence),
+            next((colour for start, colour in FAMILIES.items() if figures.scheme.startswith(start)), OURS),
         )
+        for figures in study.schemes[1:]
+    ]
+    for _, place, colour in points:
+        axes.plot(*place, "o", color=colour, markersize=4)
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = [0.07, 0.1, 0.14, 0.2, 0.28, 0.5]
@@ -100,4 +106,30 @@ def write_cache_plot(study: CacheStudy, path: Path, suffix: str) -> None:
         f"{study.text_tokens} tokens of English text, decoded token by token; exact perplexity {exact.perplexity:.2f}"
     )
     figure.supxlabel(textwrap.fill(caption, CAPTION), x=0.01, horizontalalignment="left", fontsize=7, color=GREY)
+    figure.canvas.draw()  # from here on it is known where on the page a point is
+    pixels = axes.transData.transform([place for _, place, _ in points]) * 72 / DOTS_PER_INCH
+    for (name, place, colour), offset in zip(
+        points, _free_places([name for name, _, _ in points], pixels), strict=True
+    ):
+        axes.annotate(name, place, offset, textcoords="offset points", fontsize=LABEL, color=colour)
     figure.savefig(path, format=FORMATS[suffix])
+
+
+def _free_places(names: Sequence[str], points: np.ndarray) -> Sequence[tuple[float, float]]:
+    """Offsets of labels from their points, in typographic points, that cover no other point and no label before."""
+    taken = [(x - 2, y - 2, x + 2, y + 2) for x, y in points]
+    offsets = []
+    for name, (x, y) in zip(names, points, strict=True):
+        width = 0.56 * LABEL * len(name)
+        around = [(dx, dy) for dy in (-2, 4, -8, 9, -14, 15, -20, 21) for dx in (4, -4 - width)]
+        boxes = [(x + dx, y + dy, x + dx + width, y + dy + LABEL) for dx, dy in around]
+        own = (x - 2, y - 2, x + 2, y + 2)
+        free = [not any(_overlap(box, other) for other in taken if other != own) for box in boxes]
+        place = free.index(True) if True in free else 0
+        taken.append(boxes[place])
+        offsets.append(around[place])
+    return offsets
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
