@@ -60,9 +60,9 @@ def stored_as(dtype: np.typing.DTypeLike) -> Scheme:
     return both(Float(dtype))
 
 
-def both(codec: Codec, **settings: int) -> Scheme:
+def both(codec: Codec, first_pass_raw: int = 0) -> Scheme:
     """Keys and values alike, coded at once."""
-    return Scheme(Storage(codec), Storage(codec), **settings)
+    return Scheme(Storage(codec), Storage(codec), first_pass_raw)
 
 
 FLOAT32 = stored_as(np.float32)
