@@ -12,7 +12,7 @@ import onnxruntime
 
 from refengine import Weights, forward, open_checkpoint
 from refengine.generate import new_cache
-from verify.bench.machine import machine as machine
+from verify.machine import machine as machine
 
 
 class RefEngine:

@@ -23,10 +23,12 @@ LONGEST_FILE, LONGEST_MODEL, LONGEST_FUNCTION = 300, 135, 60
 
 CORE = {"numpy", "safetensors", "ml_dtypes"}
 LATER_IN_REFENGINE = {"gguf", "huggingface_hub", "jinja2", "rich", "tokenizers", "transformers"}
-RUNTIMES = {"onnxruntime", "openvino", "torch"}
+RUNTIMES = {"llama_cpp", "onnxruntime", "onnxruntime_genai", "openvino", "torch"}
+BESIDE_TORCH = {"huggingface_hub", "transformers"}
 ONNX = {"onnx", "google"}
 DRAWING = {"matplotlib"}
-SUBJECTS = RUNTIMES | ONNX | DRAWING | LATER_IN_REFENGINE
+HTTP = {"urllib3"}
+SUBJECTS = RUNTIMES | ONNX | DRAWING | HTTP | LATER_IN_REFENGINE
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = Function | ast.ClassDef
@@ -108,7 +110,9 @@ def test_imports_follow_the_arrows(file):
     assert not first & DRAWING
     if not module.startswith("refengine"):
         drawing = DRAWING if module == "verify.bench.plot" else set()
-        assert sometime <= CORE | {"refengine", "verify", "rich"} | RUNTIMES | ONNX | drawing
+        http = HTTP if module == "verify.candidates.openai" else set()
+        beside = BESIDE_TORCH if module == "verify.candidates.transformers" else set()
+        assert sometime <= CORE | {"refengine", "verify", "rich", "psutil"} | RUNTIMES | ONNX | drawing | http | beside
 
 
 @of_sources

@@ -8,8 +8,9 @@ from typing import Literal, Protocol
 from refengine.checkpoint import Checkpoint
 from refengine.config import Config
 from refengine.requests import Limits
-from verify.candidates import Candidate, Settings
-from verify.drive import CandidateRun, run_candidate
+from verify.candidates import Opened, Settings
+from verify.contestant import Contestant
+from verify.drive import CandidateRun
 from verify.errors import NoVerdict
 from verify.expect import EXACT, Expectation
 from verify.judge import judge
@@ -90,7 +91,7 @@ class Comparison:
         self.progress = progress
         self.reference_runs = {} if exact_run is None else {EXACT: exact_run}
 
-    def cells(self, candidate: Candidate) -> list[Cell]:
+    def cells(self, candidate: Contestant) -> list[Cell]:
         """One cell for each cache mode asked for that the export can be run in, or one that says why there is none."""
         modes = [mode for mode in self.request.modes if mode == "off" or candidate.interface.has_cache]
         if not modes:
@@ -110,24 +111,28 @@ class Comparison:
             for mode in asked.modes
         ]
 
-    def cell(self, candidate: Candidate, mode: CacheMode) -> Cell:
+    def cell(self, candidate: Contestant, mode: CacheMode) -> Cell:
         """The verdict on one candidate in one cache mode; what stops the runtime becomes the cell's reason."""
         request = request_for(candidate, self.request)
-        batches = request.batching, request.most_rows
         # Without its cache a runtime reads every key and value as it computed them.
         expectation = (request.expectation or candidate.expectation) if mode == "on" else EXACT
-        settings = asdict(candidate.settings)
+        cell = Cell(
+            candidate.runtime,
+            mode,
+            asdict(candidate.settings),
+            "no-verdict",
+            request.batching,
+            request.most_rows,
+            expect=expectation.name,
+        )
         try:
             verdict, tokens, noise, seconds = self._judged(candidate, mode, request, expectation)
+            cell = replace(cell, verdict=verdict, tokens=tokens, noise_ratio=noise, seconds=seconds)
         except NoVerdict as error:
-            return Cell(
-                candidate.runtime, mode, settings, "no-verdict", *batches, reason=str(error), expect=expectation.name
-            )
-        return Cell(
-            candidate.runtime, mode, settings, verdict, *batches, tokens, noise, seconds, expect=expectation.name
-        )
+            cell = replace(cell, reason=str(error))
+        return replace(cell, peak_memory_bytes=candidate.peak_memory, output=tuple(candidate.said))
 
-    def _judged(self, candidate: Candidate, mode: CacheMode, request: Request, expectation: Expectation) -> tuple:
+    def _judged(self, candidate: Contestant, mode: CacheMode, request: Request, expectation: Expectation) -> tuple:
         run = self._drive(candidate, mode, request)
         seconds, began = run.seconds, time.perf_counter()
         if expectation not in self.reference_runs:
@@ -149,12 +154,11 @@ class Comparison:
         return verdict, tokens, noise, Seconds(seconds, reference_seconds + time.perf_counter() - began)
 
     def _drive(
-        self, candidate: Candidate, mode: CacheMode, request: Request, forced: Rows | None = None
+        self, candidate: Contestant, mode: CacheMode, request: Request, forced: Rows | None = None
     ) -> CandidateRun:
         again = "" if forced is None else ", on the reference's tokens"
         self.progress.begin(f"{candidate.runtime}, cache {mode}{again}", len(request.prompts) * request.max_new_tokens)
-        return run_candidate(
-            candidate,
+        return candidate.decode(
             request.prompts,
             request.schedule,
             use_cache=mode == "on",
@@ -174,7 +178,7 @@ def _with_first_differences(forced: Rows, free: Rows, reference: Rows) -> list[l
     return merged
 
 
-def request_for(candidate: Candidate, request: Request) -> Request:
+def request_for(candidate: Opened, request: Request) -> Request:
     """The request as this candidate can meet it: static batches of the number of rows that it takes, or of one.
 
     Rows of different lengths need padding in front, in the past too where they join a running batch. A cache that codes
@@ -192,7 +196,7 @@ def request_for(candidate: Candidate, request: Request) -> Request:
     return request
 
 
-def notes_on(candidate: Candidate, request: Request) -> list[str]:
+def notes_on(candidate: Opened, request: Request) -> list[str]:
     """What a reader has to know of how this candidate was compared."""
     notes = []
     if not candidate.interface.has_cache and "on" in request.modes:

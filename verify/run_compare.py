@@ -14,6 +14,7 @@ from refengine.requests import Limits, check_request
 from refengine.tokenizer import encode_prompt, load_tokenizer
 from verify.candidates.files import describe_candidate
 from verify.compare import CacheMode, Comparison, Request, not_revealed, notes_on, request_for
+from verify.contestant import Isolated
 from verify.embedded import embedded_model
 from verify.errors import NoVerdict
 from verify.expect import EXACT, expected
@@ -21,8 +22,8 @@ from verify.files import check_place, sha256_of
 from verify.prompts import BUILT_IN, check_prompts
 from verify.reference import load_reference, save_reference
 from verify.report.result import Cell, Exported, Model, Report
-from verify.runtimes import RUNTIMES
 from verify.terminal import check_json_place, deliver, progress_bars
+from verify.workers.worker import Bounds
 
 MODES: Mapping[str, tuple[CacheMode, ...]] = {"both": ("off", "on"), "on": ("on",), "off": ("off",)}
 
@@ -45,6 +46,9 @@ def run_compare(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> Report:
     request = _request(options, checkpoint)
     settings = _provider_options(options.provider_option)
+    bounds = Bounds(options.time_limit, int(options.memory_limit * 1e9))
+    runtimes = options.runtime or ["ort-openvino"]
+    pythons = _pythons(options.python, runtimes)
     file = describe_candidate(path)
     model = Model(str(checkpoint.path), checkpoint.config.model_type, sha256_of(*checkpoint.files))
     saved = None
@@ -55,16 +59,16 @@ def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> 
     padded = False
     with progress_bars() as progress:
         comparison = Comparison(checkpoint, request, progress, saved)
-        for runtime in options.runtime or ["ort-openvino"]:
+        for runtime in runtimes:
             progress.begin(f"opening {path.name} on {runtime}", None)
+            isolated = Isolated(file.path, runtime, settings, checkpoint.config, bounds, pythons.get(runtime))
             try:
-                candidate = RUNTIMES[runtime](file.path, runtime, settings, checkpoint.config)
+                with isolated as candidate:
+                    cells += comparison.cells(candidate)
+                    notes += notes_on(candidate, request)
+                    padded |= request_for(candidate, request).is_padded
             except NoVerdict as error:
                 cells += comparison.unopened(runtime, settings, str(error))
-                continue
-            cells += comparison.cells(candidate)
-            notes += notes_on(candidate, request)
-            padded |= request_for(candidate, request).is_padded
     if options.save_reference is not None and EXACT in comparison.reference_runs:
         save_reference(options.save_reference, comparison.reference_runs[EXACT], model.sha256)
     return Report(
@@ -123,6 +127,19 @@ def _provider_options(given: Sequence[str]) -> dict[str, str]:
     if wrong is not None:
         raise InputError(f"--provider-option: expected KEY=VALUE, found {wrong!r}")
     return {key: value for key, _, value in pairs}
+
+
+def _pythons(given: Sequence[str], runtimes: Sequence[str]) -> dict[str, Path]:
+    """Of each runtime that is to run in another environment, the interpreter there."""
+    pythons: dict[str, Path] = {}
+    for text in given:
+        runtime, equals, path = text.partition("=")
+        named = [runtime] if equals and runtime in runtimes else runtimes
+        python = Path(path if equals and runtime in runtimes else text)
+        if not python.is_file():
+            raise InputError(f"--python: expected a Python interpreter, as in ENVIRONMENT/bin/python, found {text!r}")
+        pythons |= dict.fromkeys(named, python)
+    return pythons
 
 
 def _embedded_export(checkpoint: Checkpoint, directory: Path) -> Path:

@@ -9,9 +9,11 @@ from typing import Any
 from refengine.checkpoint import Checkpoint
 from verify.candidates import Candidate
 from verify.compare import Comparison, Request
+from verify.drive import CandidateRun, run_candidate
 from verify.reference import Reference, ReferenceRun
 from verify.report.result import Cell
 from verify.runtimes import RUNTIMES
+from verify.schedule import Schedule
 
 Rows = Sequence[Sequence[int]]
 
@@ -30,6 +32,22 @@ class Notes:
         self.steps += steps
 
 
+class Here:
+    """A candidate of this very process, to be compared."""
+
+    peak_memory = None
+    said = ()
+
+    def __init__(self, candidate: Candidate):
+        self._candidate = candidate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._candidate, name)
+
+    def decode(self, prompts: Rows, schedule: Schedule, **how: Any) -> CandidateRun:
+        return run_candidate(self._candidate, prompts, schedule, **how)
+
+
 @dataclass(frozen=True)
 class Compared:
     """A checkpoint, prompts, and the reference's run of them, which is shared by everything compared with it."""
@@ -45,8 +63,10 @@ class Compared:
     def open(self, path: Path, runtime: str = "ort-cpu", options: Mapping[str, str] | None = None) -> Candidate:
         return RUNTIMES[runtime](path, runtime, options or {}, self.checkpoint.config)
 
-    def cells(self, path: Path, runtime: str = "ort-cpu", **request: Any) -> dict[str, Cell]:
+    def cells(
+        self, path: Path, runtime: str = "ort-cpu", options: Mapping[str, str] | None = None, **request: Any
+    ) -> dict[str, Cell]:
         """The cells of one export, by cache mode; `request` is what `Request` is given besides the prompts."""
         asked = Request(self.prompts, self.max_new_tokens, **request)
         comparison = Comparison(self.checkpoint, asked, Notes(), self.reference)
-        return {cell.cache: cell for cell in comparison.cells(self.open(path, runtime))}
+        return {cell.cache: cell for cell in comparison.cells(Here(self.open(path, runtime, options)))}

@@ -1,14 +1,11 @@
 """What stands behind the rows of `bench`: decoding, taking turns, processes of their own, and the roofline."""
 
-import multiprocessing
-import os
-import signal
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from refengine import Weights, generate, open_checkpoint
@@ -17,12 +14,11 @@ from refengine.machine import Machine
 from refengine.scheme import FLOAT32
 from tests.verify.commands import Small
 from verify.bench.decoding import candidate_pass, decode, prepare, reference_pass
-from verify.bench.machine import forget_peak, machine, peak_memory
 from verify.bench.positions import curves
 from verify.bench.rounds import measure
 from verify.bench.strategies import PROMPT_LENGTH, Task, least_seconds, strategies_of_all, strategies_of_reference
-from verify.bench.worker import Worker, WorkerFailed
 from verify.errors import NoVerdict
+from verify.machine import forget_peak, machine, peak_memory
 from verify.runtimes import RUNTIMES
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -100,37 +96,12 @@ def test_without_a_first_row_there_are_figures_but_no_ratios(small, tmp_path):
 def test_an_interrupt_leaves_no_process_behind(small):
     def interrupt(row: Task) -> None:
         if row.strategy.name == "cache":  # the first row's process is there, and waits
-            assert len(multiprocessing.active_children()) == 1
+            assert len(psutil.Process().children()) == 1
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         measure([task(small), task(small, "cache")], RATES, interrupt)
-    assert multiprocessing.active_children() == []
-
-
-def test_a_worker_leaves_an_interrupt_to_the_process_that_started_it():
-    with Worker(partial, signal.raise_signal, signal.SIGINT) as worker:
-        assert worker.call() is None
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (partial(partial, os._exit, 3), "its process ended with exit code 3"),
-        (partial(partial, os.abort), f"its process ended with signal {signal.SIGABRT.value} ("),
-        (partial(partial, os.kill, 0, -1), "its process ended with exit code 1: OSError: "),
-        (partial(int, "no number"), "its process ended with exit code 1: ValueError: invalid literal for int()"),
-        (partial(open_checkpoint, "nowhere"), "nowhere: no such file or directory"),
-    ],
-    ids=["exits", "crashes", "raises", "cannot be made", "is refused"],
-)
-def test_a_worker_that_dies_or_raises_gives_its_reason_in_one_line(make, reason, capfd):
-    with Worker(make) as worker, pytest.raises(WorkerFailed) as failed:
-        worker.call()
-    assert str(failed.value).startswith(reason)
-    assert "\n" not in str(failed.value)
-    assert capfd.readouterr().err == ""
+    assert psutil.Process().children() == []
 
 
 def test_the_roofline_of_a_strategy_is_that_of_its_passes(small):

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from refengine.checkpoint import open_checkpoint
 from tests.checkpoints import write_checkpoint
 from tests.verify import faulty
-from tests.verify.comparing import Compared, Notes
+from tests.verify.comparing import Compared, Here, Notes
 from tests.verify.faulty import changed_weight, exchanged_layers, only_in, scaled_attention, windowed, write_faulty
 from verify.compare import Comparison, Request, not_revealed, notes_on
 from verify.export.modules import MODULES
@@ -169,9 +169,9 @@ def test_of_two_tokens_as_good_as_each_other_either_is_right(rivals, tmp_path, f
 def test_a_run_asks_the_reference_once_for_all_its_cells(tiny, compared, clean):
     progress = Notes()
     comparison = Comparison(tiny, Request(compared.prompts, 2), progress)
-    first = comparison.cell(compared.open(clean), "off")
+    first = comparison.cell(Here(compared.open(clean)), "off")
     (kept,) = comparison.reference_runs.values()
-    second = comparison.cell(compared.open(clean), "on")
+    second = comparison.cell(Here(compared.open(clean)), "on")
     assert list(comparison.reference_runs.values()) == [kept]
     assert (first.verdict, second.verdict) == ("equal", "equal")
     assert [what for what, _ in progress.begun].count("reading the checkpoint in float64") == 1

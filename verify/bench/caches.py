@@ -15,9 +15,9 @@ from refengine.quant import CALIBRATED, SCHEMES, ops_for, scheme_for
 from refengine.scheme import FLOAT32, Scheme, check_scheme
 from refengine.tokenizer import load_tokenizer
 from refengine.weights import Weights
-from verify.bench.machine import machine
 from verify.bench.quality import qualities
 from verify.bench.text import english_text
+from verify.machine import machine
 from verify.report.caches import CacheFigures, CacheStudy
 
 POSITIONS = (128, 1024, 4096)

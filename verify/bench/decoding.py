@@ -16,12 +16,12 @@ from refengine.model import forward
 from refengine.quant import scheme_named
 from refengine.requests import Limits
 from refengine.weights import Weights
-from verify.bench.machine import forget_peak, peak_memory
 from verify.bench.strategies import PROMPT_LENGTH, Strategy, Task
 from verify.candidates import Candidate, Past
 from verify.drive import run_candidate
 from verify.errors import NoVerdict
-from verify.runtimes import RUNTIMES
+from verify.machine import forget_peak, peak_memory
+from verify.runtimes import runtime_named
 from verify.schedule import joining_and_leaving
 
 Pass = Callable[[np.ndarray, np.ndarray], np.ndarray]  # token_ids_BT, positions_BT -> logits_BV of the last token
@@ -118,7 +118,7 @@ def candidate_pass(candidate: Candidate, cached: bool) -> Pass:
 
 
 def _opened(task: Task, export: Path) -> Candidate:
-    candidate = RUNTIMES[task.engine](export, task.engine, {}, task.config)
+    candidate = runtime_named(task.engine)(export, task.engine, {}, task.config)
     if task.strategy.cached and not candidate.interface.has_cache:
         raise NoVerdict(f"{candidate.path}: the export has no past_key_values input, so it has no cache to decode with")
     if task.strategy.continuous and not (candidate.can_merge and candidate.can_pad_left):

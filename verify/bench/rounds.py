@@ -1,16 +1,19 @@
 """The rows of the table, measured in turns."""
 
+import operator
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from refengine.errors import InputError
 from refengine.machine import Machine
 from verify.bench.decoding import Sample, prepare
 from verify.bench.strategies import Task, least_seconds
-from verify.bench.worker import Worker, WorkerFailed
+from verify.errors import NoVerdict
 from verify.report.bench import Figures, Row, Spread
+from verify.workers.worker import Worker
 
 ROUNDS = 3
 ENOUGH = 3.0  # seconds of a row's turns, after which it gets no more
@@ -25,13 +28,13 @@ class _Measured:
     times_first: list[float] = field(default_factory=list)
     reason: str | None = None
 
-    def turn(self, worker: Worker[Sample]) -> Sample | None:
+    def turn(self, worker: Worker[Callable[[], Sample]]) -> Sample | None:
         """One more, or None when there are none any more because of `reason`."""
         if self.reason is None:
             try:
-                self.samples.append(worker.call())
+                self.samples.append(worker.call(operator.call))
                 return self.samples[-1]
-            except WorkerFailed as failed:
+            except (InputError, NoVerdict) as failed:
                 self.reason = str(failed)
         return None
 

@@ -1,6 +1,7 @@
 """`python -m verify bench` from its options to its table."""
 
 import argparse
+import operator
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,21 +17,21 @@ from refengine.machine import measure_machine
 from refengine.quant import scheme_named
 from refengine.requests import check_request
 from verify.bench.caches import study_caches
-from verify.bench.machine import machine
 from verify.bench.plot import check_plot, write_cache_plot, write_plot
 from verify.bench.positions import prepare_curves
 from verify.bench.rounds import measure
 from verify.bench.strategies import PROMPT_LENGTH, Task, strategies_of_all, strategies_of_reference
-from verify.bench.worker import Worker
 from verify.embedded import embedded_model
 from verify.export import export_decoder
 from verify.files import check_place, replacing
+from verify.machine import machine
 from verify.report.bench import Benchmark, Curve, Machine
 from verify.report.bench_as_json import as_json
 from verify.report.bench_console import print_benchmark
 from verify.report.caches import CacheStudy
 from verify.report.caches_console import print_caches
-from verify.runtimes import RUNTIMES
+from verify.runtimes import USUAL
+from verify.workers.worker import Worker
 
 EVERY_SCHEME = "all"
 QUANTISED = ("int8",)  # the schemes measured unless others are asked for
@@ -107,7 +108,7 @@ def _measured(options: argparse.Namespace, checkpoint: Checkpoint, candidate: Pa
         if options.plot:
             begin("time per token against position")
             with Worker(prepare_curves, checkpoint.path) as worker:
-                curves = worker.call()
+                curves = worker.call(operator.call)
         rows = measure(tasks, rates, lambda task: begin(f"{task.engine}: {task.strategy.name}"))
     return Benchmark(
         Machine(machine(), rates.bandwidth, rates.flops),
@@ -127,7 +128,7 @@ def _tasks(options: argparse.Namespace, checkpoint: Checkpoint, candidate: Path 
         scheme_named(scheme)
     asked = checkpoint.path, checkpoint.config, options.max_new_tokens
     tasks = [Task(strategy, *asked) for strategy in strategies_of_reference(options.batch_size, schemes)]
-    for runtime in dict.fromkeys(options.runtime or RUNTIMES) if candidate else ():
+    for runtime in dict.fromkeys(options.runtime or USUAL) if candidate else ():
         tasks += [Task(strategy, *asked, runtime, candidate) for strategy in strategies_of_all(options.batch_size)]
     return tasks
 

@@ -38,8 +38,8 @@ class Step:
     past: Past | None
 
 
-class Candidate(Protocol):
-    """One exported model on one runtime, opened and ready."""
+class Opened(Protocol):
+    """What there is to know of an exported model that a runtime has opened."""
 
     runtime: str
     path: Path
@@ -58,6 +58,10 @@ class Candidate(Protocol):
     def can_merge(self) -> bool:
         """Whether its past is handed over, so that rows can join and leave."""
 
+
+class Candidate(Opened, Protocol):
+    """One exported model on one runtime, opened and ready."""
+
     def run(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray, past: Past | None = None) -> Step:
         """Feeds new tokens (position -1 is left padding), after `past` if there is one.
 
@@ -66,3 +70,29 @@ class Candidate(Protocol):
 
     def caches(self, past: Past) -> Mapping[str, np.ndarray]:
         """Keys and values after the last step, `x_BKSH` by trace point; none that the runtime does not show."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """The attributes of `Opened`, to be handed from process to process."""
+
+    runtime: str
+    path: Path
+    interface: Interface
+    settings: Settings
+    expectation: Expectation
+    can_pad_left: bool
+    can_merge: bool
+
+    @classmethod
+    def of(cls, opened: Opened) -> "Traits":
+        """Those of an opened model."""
+        return cls(
+            opened.runtime,
+            opened.path,
+            opened.interface,
+            opened.settings,
+            opened.expectation,
+            opened.can_pad_left,
+            opened.can_merge,
+        )

@@ -108,7 +108,8 @@ class Cell:
 
     Where there is no verdict, `reason` says why and the figures are None. `noise_ratio` is that of the
     log-probabilities where `logprobs` stand for the logits, and None where there is neither. Of what another system
-    decoded, `differences` lists every step whose token is not the reference's choice.
+    decoded, `differences` lists every step whose token is not the reference's choice. `peak_memory_bytes` is the
+    candidate's, the files that it maps included, and `output` the last lines that it wrote.
     """
 
     runtime: str
@@ -124,6 +125,8 @@ class Cell:
     expect: str = "float32"  # what it was held against
     logprobs: LogProbs | None = None
     differences: tuple[Difference, ...] = ()
+    peak_memory_bytes: int | None = None
+    output: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Exported:
-    """The candidate's file."""
+    """The candidate's file; or a server's address, whose `sha256` is empty."""
 
     path: str
     exporter: str

@@ -1,4 +1,4 @@
-"""What the figures of a benchmark come from."""
+"""This machine, and what a process takes of it."""
 
 import os
 import platform
@@ -44,3 +44,10 @@ def peak_memory() -> int | None:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def total_memory() -> int:
+    """Bytes of this machine's memory."""
+    import psutil  # which the environment of a worker need not have
+
+    return int(psutil.virtual_memory().total)

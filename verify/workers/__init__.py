@@ -1,0 +1,1 @@
+"""Processes for work that may crash, hang, leak or print."""
