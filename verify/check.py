@@ -8,21 +8,25 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from refengine.checkpoint import Checkpoint, open_checkpoint
 from refengine.config import Config
+from refengine.errors import InputError
 from verify.candidates import Settings
-from verify.compare import Request, not_revealed
+from verify.counterfactual import Mistakes
+from verify.diagnose_trace import diagnose_trace
 from verify.drive import CandidateRun
-from verify.expect import Expectation, expectations
+from verify.expect import Expectation, expected
 from verify.files import sha256_of
 from verify.follow import follow
 from verify.judge import compare_noise, count_tokens, differences, verdict_on
 from verify.noise import rms
 from verify.reference import Reference, Rows
 from verify.report.result import Cell, Exported, LogProbs, Model, NoiseRatio, Report, Seconds
+from verify.request import Request, not_revealed
 from verify.terminal import check_json_place, deliver, progress_bars
 from verify.trace_file import TopLogprobs, Trace, check_trace, read_trace
 
@@ -30,11 +34,18 @@ from verify.trace_file import TopLogprobs, Trace, check_trace, read_trace
 def run_check(options: argparse.Namespace) -> int:
     """Judges a trace, prints the report, writes what was asked for, and returns the exit code."""
     check_json_place(options.json)
+    expectation = check_expectation(expected(options.expect))
     trace = read_trace(options.trace)
     checkpoint = open_checkpoint(options.model)
     check_trace(options.trace, trace, checkpoint.config)
     with progress_bars() as progress:
-        cell = judge_trace(checkpoint, trace, expectations()[options.expect], lambda what: progress.begin(what, None))
+        begin = partial(progress.begin, steps=None)
+        cell = judge_trace(checkpoint, trace, expectation, begin)
+        judge = partial(judge_trace, checkpoint, expectation=expectation)
+        diagnosed = None
+        if not options.no_diagnose:
+            seconds = options.diagnose_seconds
+            diagnosed = diagnose_trace(checkpoint, trace, cell, judge, seconds=seconds, on_progress=begin)
     report = Report(
         Model(str(checkpoint.path), checkpoint.config.model_type, sha256_of(*checkpoint.files)),
         Exported(str(options.trace), _kind(trace), sha256_of(options.trace)),
@@ -42,10 +53,27 @@ def run_check(options: argparse.Namespace) -> int:
         max(map(len, trace.tokens)),
         (cell,),
         tuple(after_end_tokens(trace, checkpoint.config)),
-        tuple(_not_revealed(trace, checkpoint.config)),
+        tuple(hidden_from_trace(trace, checkpoint.config)),
+        diagnosed=diagnosed,
     )
     deliver(report, options.json)
     return report.exit_code
+
+
+def check_expectation(expectation: Expectation | None) -> Expectation:
+    """The expectation, unless it asks for what no record shows: the settings or the weights of what made it.
+
+    Raises:
+        InputError: it does.
+    """
+    if expectation is None:
+        raise InputError("--expect auto: a record does not say how it was made; expected the name of a precision")
+    if expectation.own_weights:
+        raise InputError(
+            f"--expect {expectation.name}: a record does not hold the weights that it was made with; give MODEL with "
+            "these weights, as a .gguf file or a directory, and leave this out"
+        )
+    return expectation
 
 
 def judge_trace(
@@ -53,12 +81,18 @@ def judge_trace(
     trace: Trace,
     expectation: Expectation,
     on_progress: Callable[[str], None] = lambda what: None,
+    mistakes: Mistakes = (),
 ) -> Cell:
-    """The verdict on a trace that `check_trace` has passed."""
+    """The verdict on a trace that `check_trace` has passed, and an expectation that `check_expectation` has.
+
+    Args:
+        mistakes: of the loop that the reference is decoded in, to see whether they explain the trace.
+    """
     began = time.perf_counter()
-    engine = Reference(checkpoint, on_progress, expectation.scheme)
+    engine = Reference(checkpoint, on_progress, expectation.scheme, expectation.arithmetic)
     asked = None if trace.logprobs is None else _Asked.of(trace.logprobs)
-    reference, logprobs = follow(engine, trace.prompts, trace.tokens, asked.token_ids_SK if asked else None)
+    asked_SK = asked.token_ids_SK if asked else None
+    reference, logprobs = follow(engine, trace.prompts, trace.tokens, asked_SK, mistakes)
     nats = None
     noise: NoiseRatio | None = None
     run = CandidateRun(trace.tokens, trace.logits or [np.empty((len(new), 0)) for new in trace.tokens], {}, seconds=0.0)
@@ -138,8 +172,8 @@ def _kind(trace: Trace) -> str:
     return "trace of tokens" if trace.logprobs is None else "trace of tokens and logprobs"
 
 
-def _not_revealed(trace: Trace, config: Config) -> list[str]:
-    """As for a comparison, of whole rows; who was padded, and whether a cache was read, the trace does not say."""
+def hidden_from_trace(trace: Trace, config: Config) -> list[str]:
+    """As for a comparison, of whole rows; who was padded, and whether a cache was read, a trace does not say."""
     fed = [[*prompt, *new[:-1]] for prompt, new in zip(trace.prompts, trace.tokens, strict=True)]
     hidden = not_revealed(config, Request(fed, max_new_tokens=1, modes=()), padded=True)
     if trace.logits is None and trace.logprobs is None:

@@ -65,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add("export", _export, options.add_export, "write a plain ONNX decoder with its cache from a checkpoint")
     add("bench", _bench, options.add_bench, "measure what each way of decoding is worth, on each engine")
+    add("causes", _causes, options.add_causes, "list the mistakes that can be named")
+    add("explain", _explain, options.add_explain, "show what one of them looks like, and how to put it right")
     return root
 
 
@@ -84,6 +86,18 @@ def _bench(given: argparse.Namespace) -> int:
     from verify.bench.run import run_bench
 
     return run_bench(given)
+
+
+def _causes(given: argparse.Namespace) -> int:
+    from verify.run_causes import run_causes
+
+    return run_causes(given)
+
+
+def _explain(given: argparse.Namespace) -> int:
+    from verify.run_causes import run_explain
+
+    return run_explain(given)
 
 
 def _inspect(given: argparse.Namespace) -> int:

@@ -2,24 +2,26 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 from refengine.checkpoint import Checkpoint
-from refengine.config import Config
-from refengine.requests import Limits
+from refengine.errors import CheckpointError
 from verify.candidates import Opened, Settings
 from verify.contestant import Contestant
 from verify.drive import CandidateRun
 from verify.errors import NoVerdict
-from verify.expect import EXACT, Expectation
+from verify.expect import EXACT, Expectation, expectations, joined
 from verify.judge import judge
-from verify.reference import Reference, ReferenceRun
-from verify.report.result import Cell, Seconds
-from verify.schedule import SCHEDULES, Batching, Schedule, is_padded
+from verify.own_weights import are_expected
+from verify.reference import ReferenceRun
+from verify.references import References
+from verify.report.result import Cell, Judgement, Seconds
+from verify.request import CacheMode, Request, request_for
+from verify.weights.exported import ExportedCheckpoint
 
 Rows = Sequence[Sequence[int]]
-CacheMode = Literal["on", "off"]
 
 
 class Progress(Protocol):
@@ -33,50 +35,46 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to compare: prompts, how far to decode, in which cache modes, and who is decoded together.
+class Unequal:
+    """A run whose verdict is to be explained.
 
     Attributes:
-        batch_size: most rows at once; None: all of them.
-        batching: when rows join and leave a batch.
-        max_tokens: of dynamic batches, most slots of the cache (rows times the longest of them, new tokens included).
-        expectation: what a cached run is held against; None: what each candidate's own settings say.
+        mode: with the cache, or without it.
+        request: as it was met.
+        expectation: what it was held against.
+        run: what the candidate gave when it was fed the reference's tokens.
+        reference: of the same tokens.
     """
 
-    prompts: Rows
-    max_new_tokens: int
-    modes: tuple[CacheMode, ...] = ("off", "on")
-    batch_size: int | None = None
-    batching: Batching = "static"
-    max_tokens: int | None = None
-    expectation: Expectation | None = EXACT
+    mode: CacheMode
+    request: Request
+    expectation: Expectation
+    run: CandidateRun
+    reference: ReferenceRun
 
-    @property
-    def lengths(self) -> list[int]:
-        """Of the prompts."""
-        return [len(prompt) for prompt in self.prompts]
 
-    @property
-    def most_rows(self) -> int:
-        """That are ever decoded together."""
-        return self.batch_size or len(self.prompts)
+@dataclass(frozen=True)
+class _Held:
+    """A run held against one reference, and the seconds that it took of each side."""
 
-    @property
-    def schedule(self) -> Schedule:
-        """Who is decoded together, step by step."""
-        limits = Limits(self.most_rows, self.max_tokens)
-        return SCHEDULES[self.batching](self.lengths, self.max_new_tokens, limits)
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether any batch has rows of different lengths."""
-        return is_padded(self.schedule, self.lengths)
+    judgement: Judgement
+    unequal: Unequal
+    candidate_seconds: float
+    reference_seconds: float
 
 
 class Comparison:
     """One checkpoint and some prompts, against any number of opened candidates.
 
     The reference runs once: its greedy tokens do not depend on who is compared with it.
+
+    Args:
+        exact_run: the reference's run of the prompts, where there is one already.
+        own: the weights that the export holds. Where they are not the checkpoint's, what they compute is held against
+            the reference on them too, to tell what rounding weights costs from whatever else is wrong.
+
+    Attributes:
+        unequal: the first run whose verdict is neither equal nor explained by what its own settings say.
     """
 
     def __init__(
@@ -85,11 +83,13 @@ class Comparison:
         request: Request,
         progress: Progress,
         exact_run: ReferenceRun | None = None,
+        own: ExportedCheckpoint | None = None,
     ):
-        self.checkpoint = checkpoint
         self.request = request
         self.progress = progress
-        self.reference_runs = {} if exact_run is None else {EXACT: exact_run}
+        self.own = own
+        self.unequal: Unequal | None = None
+        self.references = References(checkpoint, own, lambda what: progress.begin(what, None), exact_run)
 
     def cells(self, candidate: Contestant) -> list[Cell]:
         """One cell for each cache mode asked for that the export can be run in, or one that says why there is none."""
@@ -114,8 +114,8 @@ class Comparison:
     def cell(self, candidate: Contestant, mode: CacheMode) -> Cell:
         """The verdict on one candidate in one cache mode; what stops the runtime becomes the cell's reason."""
         request = request_for(candidate, self.request)
-        # Without its cache a runtime reads every key and value as it computed them.
-        expectation = (request.expectation or candidate.expectation) if mode == "on" else EXACT
+        said = _in_mode(self._said(candidate), mode)
+        expectation = said if request.expectation is None else _in_mode(request.expectation, mode)
         cell = Cell(
             candidate.runtime,
             mode,
@@ -126,24 +126,60 @@ class Comparison:
             expect=expectation.name,
         )
         try:
-            verdict, tokens, noise, seconds = self._judged(candidate, mode, request, expectation)
-            cell = replace(cell, verdict=verdict, tokens=tokens, noise_ratio=noise, seconds=seconds)
+            run = self._drive(candidate, mode, request)
+            held, also, seconds = self._judged(candidate, mode, request, run, expectation)
+            judged = held.judgement
+            verdict, tokens, noise = judged.verdict, judged.tokens, judged.noise_ratio
+            cell = replace(cell, verdict=verdict, tokens=tokens, noise_ratio=noise, seconds=seconds, also=also)
+            explains = False
+            if verdict in ("drift", "mismatch") and said.name != expectation.name:
+                explains = self._held(candidate, mode, request, run, said).judgement.verdict == "equal"
+                cell = replace(cell, explained_by=said.name if explains else None)
+            if verdict in ("drift", "mismatch") and not explains and self.unequal is None:
+                self.unequal = held.unequal
         except NoVerdict as error:
             cell = replace(cell, reason=str(error))
         return replace(cell, peak_memory_bytes=candidate.peak_memory, output=tuple(candidate.said))
 
-    def _judged(self, candidate: Contestant, mode: CacheMode, request: Request, expectation: Expectation) -> tuple:
-        run = self._drive(candidate, mode, request)
-        seconds, began = run.seconds, time.perf_counter()
-        if expectation not in self.reference_runs:
-            engine = Reference(self.checkpoint, lambda what: self.progress.begin(what, None), expectation.scheme)
-            self.reference_runs[expectation] = engine.run(request.prompts, request.max_new_tokens, run.tokens)
-        reference, reference_seconds = self.reference_runs[expectation], time.perf_counter() - began
+    def _said(self, candidate: Opened) -> Expectation:
+        """What a candidate's settings say, and the export's weights where they are nothing but rounded."""
+        if self.own is None or self.own.is_exact or not self.own.is_faithful:
+            return candidate.expectation
+        return joined(expectations()[f"{self.own.stored_as}-weights"], candidate.expectation)
+
+    def _judged(
+        self, candidate: Contestant, mode: CacheMode, request: Request, run: CandidateRun, expectation: Expectation
+    ) -> tuple[_Held, Judgement | None, Seconds]:
+        """The judgement on a free run that counts, and the one on the other weights where they are others."""
+        on_checkpoint = self._held(candidate, mode, request, run, replace(expectation, own_weights=False))
+        all_held = [on_checkpoint]
+        if self.own is not None and not self.own.is_exact:
+            # Where they are not finite there is nothing to hold it against.
+            with suppress(CheckpointError):
+                all_held.append(self._held(candidate, mode, request, run, replace(expectation, own_weights=True)))
+        seconds = Seconds(
+            run.seconds + sum(held.candidate_seconds for held in all_held),
+            sum(held.reference_seconds for held in all_held),
+        )
+        if len(all_held) == 1 or self.own is None:
+            return on_checkpoint, None, seconds
+        on_own = all_held[1]
+        if are_expected(self.own, expectation):
+            return on_own, on_checkpoint.judgement, seconds
+        return on_checkpoint, on_own.judgement, seconds
+
+    def _held(
+        self, candidate: Contestant, mode: CacheMode, request: Request, run: CandidateRun, expectation: Expectation
+    ) -> _Held:
+        """A free run against one reference."""
+        seconds, began = 0.0, time.perf_counter()
+        reference = self.references.run(expectation, request.prompts, request.max_new_tokens, run.tokens)
+        reference_seconds = time.perf_counter() - began
         if run.tokens != reference.tokens:
             # From its first difference on, the candidate saw other tokens; feed both the same, so that one early
             # flip does not hide the rest. That difference itself stands, should the second run not repeat it.
             forced = self._drive(candidate, mode, request, forced=reference.tokens)
-            seconds += forced.seconds
+            seconds = forced.seconds
             run = replace(forced, tokens=_with_first_differences(forced.tokens, run.tokens, reference.tokens))
         began = time.perf_counter()
         verdict, tokens, noise = judge(run, reference)
@@ -151,7 +187,9 @@ class Comparison:
             # Values of a quantised cache differ where a code fell on the other side of a step: too seldom for a
             # handful of orders to say how often is too often. What comes of it is judged by the logits.
             noise = replace(noise, cache_beyond=())
-        return verdict, tokens, noise, Seconds(seconds, reference_seconds + time.perf_counter() - began)
+        judgement = Judgement("export" if expectation.own_weights else "checkpoint", verdict, tokens, noise)
+        unequal = Unequal(mode, request, expectation, run, reference)
+        return _Held(judgement, unequal, seconds, reference_seconds + time.perf_counter() - began)
 
     def _drive(
         self, candidate: Contestant, mode: CacheMode, request: Request, forced: Rows | None = None
@@ -167,6 +205,11 @@ class Comparison:
         )
 
 
+def _in_mode(expectation: Expectation, mode: CacheMode) -> Expectation:
+    """What the run of a cache mode is held against."""
+    return expectation if mode == "on" else expectation.without_cache
+
+
 def _with_first_differences(forced: Rows, free: Rows, reference: Rows) -> list[list[int]]:
     """The forced choices, but in each row the first that differed when the candidate ran freely."""
     merged = [list(row) for row in forced]
@@ -176,66 +219,3 @@ def _with_first_differences(forced: Rows, free: Rows, reference: Rows) -> list[l
                 merged[row][step] = actual
                 break
     return merged
-
-
-def request_for(candidate: Opened, request: Request) -> Request:
-    """The request as this candidate can meet it: static batches of the number of rows that it takes, or of one.
-
-    Rows of different lengths need padding in front, in the past too where they join a running batch. A cache that codes
-    neighbours in time together codes padding with them, and what that holds is nobody's business but the runtime's.
-    """
-    if candidate.interface.batch_size is not None:
-        return replace(request, batching="static", batch_size=candidate.interface.batch_size)
-    ragged = request.batching == "continuous" or len(set(request.lengths)) > 1
-    scheme = (request.expectation or candidate.expectation).scheme
-    padding_matters = scheme is not None and scheme.groups_tokens
-    if ragged and request.most_rows > 1 and (padding_matters or not candidate.can_pad_left):
-        return replace(request, batching="static", batch_size=1)
-    if request.batching == "continuous" and not candidate.can_merge:
-        return replace(request, batching="static")
-    return request
-
-
-def notes_on(candidate: Opened, request: Request) -> list[str]:
-    """What a reader has to know of how this candidate was compared."""
-    notes = []
-    if not candidate.interface.has_cache and "on" in request.modes:
-        notes.append(
-            f"{candidate.runtime}: the export has no past_key_values input, so it was compared without a cache only"
-        )
-    if request.expectation is None and "on" in request.modes:
-        notes.append(f"{candidate.runtime}: its settings say that its cache is {candidate.expectation.name}")
-    met = request_for(candidate, request)
-    if (met.batching, met.most_rows) == (request.batching, request.most_rows):
-        return notes
-    why = "the export cannot be told of left padding, so its prompts were run one by one"
-    if candidate.can_pad_left:
-        why = "its cache would code padding together with tokens, so its prompts were run one by one"
-    if met.most_rows == request.most_rows:
-        why = "the export keeps its past to itself, so that no row can join or leave: it was run in static batches"
-    if candidate.interface.batch_size is not None:
-        instead = "" if request.batching == "static" else ", so it was run in static batches of as many"
-        why = f"the export takes {met.most_rows} rows and no other number{instead}"
-    return [*notes, f"{candidate.runtime}: {why}"]
-
-
-def not_revealed(config: Config, request: Request, padded: bool) -> list[str]:
-    """Mistakes that these prompts could not have shown, and why; `padded` says whether any batch was left-padded."""
-    longest = max(map(len, request.prompts)) + request.max_new_tokens - 1
-    hidden = []
-    if longest < 2:
-        hidden.append("rope: no sequence is longer than one token")
-    if config.sliding_window is not None and longest <= config.sliding_window:
-        hidden.append(f"sliding-window: no sequence is longer than the window of {config.sliding_window}")
-    rope = config.rope_parameters
-    if rope.rope_type == "dynamic" and longest <= config.max_position_embeddings:
-        hidden.append(f"rope-scaling: no sequence is longer than {config.max_position_embeddings} tokens")
-    if not padded:
-        hidden.append("padding-unmasked, positions-ignore-padding: no batch was left-padded")
-    if config.num_hidden_layers <= 10:
-        hidden.append("cache-layer-order: sorting as text goes wrong only with more than 10 layers")
-    if "on" in request.modes and request.max_new_tokens < 2:
-        hidden.append("cache: nothing was decoded after the first token, so no cache was read")
-    if len(request.prompts) < 2:
-        hidden.append("cache-not-reset: there was one prompt only")
-    return hidden

@@ -1,11 +1,11 @@
 """A candidate in a process of its own, as a comparison sees it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from refengine.config import Config
 from verify.candidates import Opened, Settings, Traits
@@ -16,6 +16,8 @@ from verify.runtimes import runtime_named
 from verify.schedule import Schedule
 from verify.workers.worker import UNBOUNDED, Bounds, Worker
 
+Returned = TypeVar("Returned")
+
 
 class Contestant(Opened, Protocol):
     """An opened model that can be asked to decode."""
@@ -24,6 +26,9 @@ class Contestant(Opened, Protocol):
         self, prompts: Rows, schedule: Schedule, *, use_cache: bool, forced: Rows | None, on_step: OnStep
     ) -> CandidateRun:
         """As `run_candidate` does it."""
+
+    def apply(self, function: Callable[..., Returned], *arguments: object) -> Returned:
+        """What `function(candidate, *arguments)` returns where the candidate is."""
 
     @property
     def peak_memory(self) -> int | None:
@@ -68,6 +73,7 @@ class Isolated:
         bounds: Bounds = UNBOUNDED,
         python: Path | None = None,
     ):
+        self.runtime = runtime
         self._new_worker = lambda: Worker(
             runtime_named(runtime), path, runtime, provider_options, config, bounds=bounds, python=python
         )
@@ -105,8 +111,20 @@ class Isolated:
         Raises:
             NoVerdict: the runtime failed, or its process did or was ended.
         """
+        drive = partial(run_candidate, use_cache=use_cache, forced=forced)
+        return self._alive().call(drive, prompts, schedule, on_step=on_step)
+
+    def apply(self, function: Callable[..., Returned], *arguments: object) -> Returned:
+        """What `function(candidate, *arguments)` returns in its process.
+
+        Raises:
+            NoVerdict: the function raised that, or its process died or was ended.
+        """
+        return self._alive().call(function, *arguments)
+
+    def _alive(self) -> Worker:
+        """The worker, or a new one in place of one that has died."""
         if not self._worker.is_alive:
             self._worker.__exit__(None, None, None)
             self._worker = self._new_worker().__enter__()
-        drive = partial(run_candidate, use_cache=use_cache, forced=forced)
-        return self._worker.call(drive, prompts, schedule, on_step=on_step)
+        return self._worker

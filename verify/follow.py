@@ -7,12 +7,15 @@ import numpy as np
 from refengine.ops import OPS, Ops
 from refengine.quant import ops_for
 from refengine.weights import Weights
-from verify.noise import Noise, orders_for, rms
+from verify.as_if import Passes, run_as_if
+from verify.counterfactual import Counterfactual, Mistakes
+from verify.noise import Noise, rms
+from verify.opened import open_weights
 from verify.reference import Measured, Reference, ReferenceRun, Rows, chosen, one_pass
 
 
 def follow(
-    engine: Reference, prompts: Rows, tokens: Rows, asked_SK: np.ndarray | None = None
+    engine: Reference, prompts: Rows, tokens: Rows, asked_SK: np.ndarray | None = None, mistakes: Mistakes = ()
 ) -> tuple[ReferenceRun, Measured | None]:
     """The reference's choices where another system chose `tokens`, and log-probabilities of the tokens asked for.
 
@@ -25,18 +28,20 @@ def follow(
     Args:
         tokens: of each row, at least one.
         asked_SK: at each of all rows' steps, token ids; -1 for none, whose log-probability is then 0.
+        mistakes: of a reference that decodes row after row, each token in a pass of its own.
     """
     engine.on_progress("reading the checkpoint in float64")
-    weights = Weights.open(engine.checkpoint, np.float64)
+    weights = open_weights(engine.checkpoint, np.float64)
     engine.on_progress("the reference in float64")
-    logits64_SV = _logits(engine, weights, prompts, tokens, OPS)
+    ops64 = OPS if engine.scheme is None else ops_for(engine.scheme)
+    logits64_SV = _logits(engine, weights, prompts, tokens, ops64, mistakes)
     logprobs64_SV = log_softmax(logits64_SV)
-    weights = Weights.open(engine.checkpoint, np.float32)
+    weights, orders = engine.noisy(len(logits64_SV))
     flips_S = np.zeros(len(logits64_SV))
     errors, asked_errors, units, largest = [], [], [], []
-    for order, ops in orders_for(len(logits64_SV)).items():
-        engine.on_progress(f"the reference in float32 ({order})")
-        logits_SV = _logits(engine, weights, prompts, tokens, ops)
+    for order, ops in orders.items():
+        engine.on_progress(f"the reference in {engine.arithmetic.name} ({order})")
+        logits_SV = _logits(engine, weights, prompts, tokens, ops, mistakes)
         np.maximum(flips_S, np.abs(logits_SV - logits64_SV).max(axis=-1), out=flips_S)
         errors.append(rms(logits_SV - logits64_SV, axis=-1))
         if asked_SK is not None:
@@ -65,9 +70,15 @@ def picked(values_SV: np.ndarray, asked_SK: np.ndarray) -> np.ndarray:
     return np.where(asked_SK >= 0, np.take_along_axis(values_SV, np.maximum(asked_SK, 0), axis=-1), 0)
 
 
-def _logits(engine: Reference, weights: Weights, prompts: Rows, tokens: Rows, ops: Ops) -> np.ndarray:
+def _logits(
+    engine: Reference, weights: Weights, prompts: Rows, tokens: Rows, ops: Ops, mistakes: Mistakes
+) -> np.ndarray:
     """The logits that choose each token of each row. Every row is read alone, so that none waits for a longer one."""
-    scheme = engine.scheme
-    ops = ops if scheme is None else ops_for(scheme, ops)
-    rows = zip(prompts, tokens, strict=True)
-    return np.concatenate([one_pass(weights, [old], [new], scheme, ops)[0][-len(new) :] for old, new in rows])
+    rows = list(zip(prompts, tokens, strict=True))
+    if mistakes:
+        passes = Passes(prompts, tokens, [(row,) for row in range(len(rows))], use_cache=True)
+        expected = Counterfactual("", scheme=engine.scheme, is_causal=engine.scheme is None)
+        logits = run_as_if(weights, passes, [expected, *mistakes], ops)
+    else:
+        logits = [one_pass(weights, [old], [new], engine.scheme, ops)[0] for old, new in rows]
+    return np.concatenate([logits_PV[-len(new) :] for logits_PV, (_, new) in zip(logits, rows, strict=True)])

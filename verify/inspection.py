@@ -8,13 +8,15 @@ from refengine.checkpoint import Checkpoint
 from refengine.errors import InputError
 from refengine.weights import check_names_and_shapes
 from verify.candidates import Settings
+from verify.candidates.checkpoint_file import CheckpointFile
 from verify.candidates.files import describe_candidate
-from verify.candidates.onnx_file import OnnxFile, describe
+from verify.candidates.onnx_file import OnnxFile
 from verify.candidates.onnx_weights import onnx_weights
 from verify.candidates.openvino_file import IrFile
 from verify.candidates.openvino_weights import ir_weights
 from verify.interface import Declared, Interface, interface_of
 from verify.report.weights import WeightsReport
+from verify.weights.exported import ExportedCheckpoint
 from verify.weights.match import match
 
 
@@ -31,7 +33,7 @@ class Inspection:
         settings: what the runtime says that it does; None without one.
     """
 
-    file: OnnxFile
+    file: OnnxFile | IrFile
     interface: Interface | None
     why_not: str | None
     query_heads: int | None
@@ -42,26 +44,39 @@ class Inspection:
 def inspect(
     path: str | Path, runtime: str | None = None, provider_options: Mapping[str, str] | None = None
 ) -> Inspection:
-    """Reads an ONNX export without its checkpoint; with a runtime, opens it there to see who runs what.
+    """Reads an export without its checkpoint; with a runtime, opens it there to see who runs what.
 
     Raises:
-        InputError: the file cannot be read or is not whole.
+        InputError: the file cannot be read or is not whole, or the runtime does not open such files.
         RuntimeMissing: a package that is needed, or the provider, is not installed.
         NoVerdict: the runtime cannot open it.
     """
-    file = describe(path)
+    file = describe_candidate(path)
+    if isinstance(file, CheckpointFile):
+        raise InputError(f"{file.path}: expected an export, an .onnx or .xml file or its directory; found a checkpoint")
     interface, why_not = None, None
     try:
-        interface = interface_of(file.inputs, file.outputs)
+        interface = file.interface if isinstance(file, IrFile) else interface_of(file.inputs, file.outputs)
     except InputError as error:
         why_not = str(error)
-    settings = None
-    if runtime is not None:
-        from verify.candidates.ort import open_session
-
-        _, settings = open_session(file, runtime, provider_options or {})
+    settings = None if runtime is None else _opened(file, runtime, provider_options or {})
     query_heads = file.query_heads(interface.head_dim if interface else None)
     return Inspection(file, interface, why_not, query_heads, runtime, settings)
+
+
+def _opened(file: OnnxFile | IrFile, runtime: str, provider_options: Mapping[str, str]) -> Settings:
+    if runtime == "openvino":
+        from verify.candidates.openvino import compiled_settings
+
+        return compiled_settings(file.path, provider_options)
+    if isinstance(file, IrFile) or not runtime.startswith("ort"):
+        raise InputError(
+            f"--runtime {runtime}: {file.path.name} was to be opened to see who runs what; openvino can do that, and "
+            "ort-cpu and its like with .onnx files"
+        )
+    from verify.candidates.ort_session import open_session
+
+    return open_session(file, runtime, provider_options)[1]
 
 
 def inspect_weights(checkpoint: Checkpoint, candidate: str | Path) -> WeightsReport:
@@ -71,10 +86,18 @@ def inspect_weights(checkpoint: Checkpoint, candidate: str | Path) -> WeightsRep
         InputError: a file cannot be read, is not whole, or its quantised weights do not fit together.
         RuntimeMissing: the `onnx` package is needed and not installed.
     """
-    check_names_and_shapes(checkpoint)
     file = describe_candidate(candidate)
+    tensors = tuple(matched.relation for matched in exported_checkpoint(checkpoint, file).matched)
+    return WeightsReport(str(checkpoint.path), str(file.path), file.exporter, tensors)
+
+
+def exported_checkpoint(checkpoint: Checkpoint, file: OnnxFile | IrFile | CheckpointFile) -> ExportedCheckpoint:
+    """The checkpoint as an export holds it. Raises as `inspect_weights` does."""
+    if isinstance(file, CheckpointFile):
+        raise InputError(f"{file.path}: expected an export, an .onnx or .xml file or its directory; found a checkpoint")
+    check_names_and_shapes(checkpoint)
     stored = ir_weights(file.path) if isinstance(file, IrFile) else onnx_weights(file.path)
-    return WeightsReport(str(checkpoint.path), str(file.path), file.exporter, match(checkpoint, list(stored)))
+    return ExportedCheckpoint(checkpoint, file.path, match(checkpoint, list(stored)))
 
 
 def facts(inspection: Inspection) -> tuple[tuple[str, str], ...]:
@@ -107,10 +130,7 @@ def _decoder_facts(inspection: Inspection) -> list[tuple[str, str]]:
         return [("decoder", f"no: {inspection.why_not}")]
     open_ = "left open"
     return [
-        (
-            "cache",
-            f"yes, {interface.cache_dtype}" if interface.has_cache else "none: it was exported without past_key_values",
-        ),
+        ("cache", _cache(interface)),
         ("layers", str(len(interface.layers)) if interface.layers else "not shown"),
         ("query heads", str(inspection.query_heads or "not shown")),
         ("KV heads", str(interface.kv_heads or open_)),
@@ -119,19 +139,27 @@ def _decoder_facts(inspection: Inspection) -> list[tuple[str, str]]:
     ]
 
 
+def _cache(interface: Interface) -> str:
+    if not interface.has_cache:
+        return "none: it was exported without past_key_values"
+    return f"yes, {interface.cache_dtype}{', which it keeps to itself (stateful)' if interface.is_stateful else ''}"
+
+
 def _runtime_facts(inspection: Inspection) -> list[tuple[str, str]]:
     if inspection.settings is None:
         return []
-    effective = inspection.settings.effective
+    effective = dict(inspection.settings.effective)
     ran = [
         f"{provider} runs {said['nodes']} nodes"
         + (f": {', '.join(f'{name} {count}' for name, count in said['operators'].items())}" if said["nodes"] else "")
-        for provider, said in effective["providers"].items()
+        for provider, said in effective.pop("providers").items()
     ]
-    return [
-        ("runtime", f"{inspection.runtime}, ONNX Runtime {effective['onnxruntime']}"),
-        ("who runs what", "\n".join(ran)),
-    ]
+    if "onnxruntime" in effective:
+        version, properties = f"ONNX Runtime {effective['onnxruntime']}", []
+    else:
+        version = f"OpenVINO {effective.pop('openvino')}"
+        properties = [("properties", "\n".join(f"{name} {value}" for name, value in effective.items()))]
+    return [("runtime", f"{inspection.runtime}, {version}"), ("who runs what", "\n".join(ran)), *properties]
 
 
 def _declaration(declared: Declared) -> str:

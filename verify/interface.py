@@ -161,6 +161,23 @@ def check_same_model(interface: Interface, config: Config, query_heads: int | No
     raise InputError(f"{both}: the export is of another model")
 
 
+def check_halves(first: Interface, later: Interface) -> None:
+    """Checks that the file which reads prompts gives all that the one which goes on from them is fed.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not later.carried:
+        raise InputError("decoder_with_past_model: expected inputs for the past, found none; export it again")
+    given = {declared.name for declared in first.outputs}
+    missing = [name_out for _, name_out in later.carried if name_out not in given]
+    if missing:
+        raise InputError(
+            f"{missing[0]}: expected it of decoder_model, which gives the past that decoder_with_past_model is fed, "
+            "found no such output; export both again"
+        )
+
+
 def _cache_names(tensors: Sequence[Declared], side: str) -> dict[int, tuple[str, str]]:
     """Layer number -> names of its key and value, on the side of the past or of the present."""
     found: dict[int, dict[str, str]] = {}

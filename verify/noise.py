@@ -5,11 +5,12 @@
 A ratio near 1 is what any float32 implementation has. One float32 run is one draw of that noise, so `reference32`
 stands for several: the reference in *equivalent orders*, the same mathematics rounded elsewhere, pooled. How far an
 honest implementation may lie from the pool is not chosen but measured, on the same tokens: each order in turn is held
-against the pool of the others, as a candidate is. The bound is the largest of those ratios, times two: a candidate may
-be less accurate than the least accurate honest order by one bit, and no more.
+against the pool of the others, as a candidate is; and so, on a few of them, is the plainest sum of all, one product
+after the other, as some kernels have it. The bound is the largest of those ratios, times two: a candidate may be less
+accurate than the least accurate honest order by one bit, and no more.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,6 +25,14 @@ ONE_BIT = 2.0
 ENOUGH_DRAWS = 64  # from 16 positions on, the four orders alone
 SMALLEST = 1e-150  # keeps ratios of exact zeros finite, and its square is not zero yet
 HALF_ULP = 2.0**-25  # a float32 result cannot be nearer than its own rounding: about this much of its size
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The error of the plainest sums at some positions, as `rms(..., axis=-1)` gives it."""
+
+    error_P: np.ndarray
+    at: slice
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,11 @@ class Noise:
 
     @classmethod
     def of(
-        cls, errors: Sequence[np.ndarray], reference64_PX: np.ndarray, units: Sequence[np.ndarray] | None = None
+        cls,
+        errors: Sequence[np.ndarray],
+        reference64_PX: np.ndarray,
+        units: Sequence[np.ndarray] | None = None,
+        plain: "Plain | None" = None,
     ) -> "Noise":
         """From each equivalent order's error at each position, as `rms(..., axis=-1)` gives it.
 
@@ -50,6 +63,7 @@ class Noise:
             errors: of what is held against the noise.
             reference64_PX: the truth; its size says what rounding alone is worth.
             units: errors of what the noise is measured on, where that is more than what is held against it.
+            plain: the errors of the plainest sums at some of the positions; no part of the unit.
         """
         units = units or errors
         rounding_P = HALF_ULP * rms(reference64_PX, axis=-1) + SMALLEST
@@ -63,10 +77,14 @@ class Noise:
             rms_P = pooled([*units[:place], *units[place + 1 :]])
             overall.append(float(rms(error_P) / rms(rms_P)))
             position.append(float((error_P / rms_P).max()))
+        if plain is not None:
+            rms_P = pooled(units)[plain.at]
+            overall.append(float(rms(plain.error_P) / rms(rms_P)))
+            position.append(float((plain.error_P / rms_P).max()))
         return cls(pooled(units), ONE_BIT * max(overall), ONE_BIT * max(position))
 
 
-def rms(x: np.ndarray, axis: int | None = None) -> np.ndarray:
+def rms(x: np.ndarray, axis: int | tuple[int, ...] | None = None) -> np.ndarray:
     """Root of the mean square over `axis` (everything by default), in float64."""
     return np.sqrt(np.mean(np.square(x, dtype=np.float64), axis=axis))
 
@@ -94,10 +112,28 @@ def linear_shuffled(seed: int, x_BTI: np.ndarray, proj: Linear) -> np.ndarray:
     return y_BTO if proj.bias_O is None else y_BTO + proj.bias_O
 
 
-def rms_norm_scaled_first(x_BTD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
+def as_it_is(x: np.ndarray) -> np.ndarray:
+    """No rounding of what an operator has on its way, but that of its dtype."""
+    return x
+
+
+def linear_one_by_one(x_BTI: np.ndarray, proj: Linear) -> np.ndarray:
+    """`x @ weight.T + bias`, one product added after the other: nothing honest sums less exactly, or is slower here."""
+    x_IR = np.ascontiguousarray(x_BTI.reshape(-1, x_BTI.shape[-1]).T)
+    weight_IO = np.ascontiguousarray(proj.weight_OI.T)
+    y_RO = np.zeros((x_IR.shape[1], weight_IO.shape[1]), x_BTI.dtype)
+    for x_R, weight_O in zip(x_IR, weight_IO, strict=True):
+        y_RO += x_R[:, None] * weight_O
+    y_BTO = y_RO.reshape(*x_BTI.shape[:-1], -1)
+    return y_BTO if proj.bias_O is None else y_BTO + proj.bias_O
+
+
+def rms_norm_scaled_first(
+    x_BTD: np.ndarray, weight_D: np.ndarray, eps: float, rounded: Callable[[np.ndarray], np.ndarray] = as_it_is
+) -> np.ndarray:
     """RMSNorm as exporters write it: a plain sum of squares, a reciprocal, and the weight as the left factor."""
     mean_square_BT1 = np.mean(np.square(x_BTD), axis=-1, keepdims=True)
-    return weight_D * (x_BTD * (1 / np.sqrt(mean_square_BT1 + x_BTD.dtype.type(eps))))
+    return weight_D * rounded(x_BTD * (1 / np.sqrt(mean_square_BT1 + x_BTD.dtype.type(eps))))
 
 
 def rope_table_in_its_dtype(
@@ -122,6 +158,19 @@ def _angles(
     return positions_T[:, None].astype(dtype) * inv_freq_P.astype(dtype), factor
 
 
+def rotate_by_products(
+    x_BTMH: np.ndarray,
+    cos_BTP: np.ndarray,
+    sin_BTP: np.ndarray,
+    rounded: Callable[[np.ndarray], np.ndarray] = as_it_is,
+) -> np.ndarray:
+    """Rotary embedding as exporters write it: all of x times cos, and x with its halves exchanged times sin."""
+    cos_BT1H, sin_BT1H = (np.concatenate([each, each], axis=-1)[:, :, None] for each in (cos_BTP, sin_BTP))
+    first_BTMP, second_BTMP = np.split(x_BTMH, 2, axis=-1)
+    exchanged_BTMH = np.concatenate([-second_BTMP, first_BTMP], axis=-1)
+    return rounded(x_BTMH * cos_BT1H) + rounded(exchanged_BTMH * sin_BT1H)
+
+
 def attend_with_probabilities(
     q_BTNH: np.ndarray,
     k_BKSH: np.ndarray,
@@ -129,6 +178,7 @@ def attend_with_probabilities(
     positions_BT: np.ndarray,
     positions_BS: np.ndarray,
     window: int | None,
+    rounded: Callable[[np.ndarray], np.ndarray] = as_it_is,
 ) -> np.ndarray:
     """Attention as it is written down: scores scaled after the product, probabilities normalised before the values."""
     B, T, N, H = q_BTNH.shape
@@ -140,13 +190,15 @@ def attend_with_probabilities(
     scores_BKGTS = np.where(allowed_B11TS, scores_BKGTS, lowest)
     weights_BKGTS = np.exp(scores_BKGTS - scores_BKGTS.max(axis=-1, keepdims=True)) * allowed_B11TS
     weights_BKGTS /= np.maximum(weights_BKGTS.sum(axis=-1, keepdims=True), np.finfo(scores_BKGTS.dtype).tiny)
-    return (weights_BKGTS @ v_BKSH[:, :, None]).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return (rounded(weights_BKGTS) @ v_BKSH[:, :, None]).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def silu_gate_by_sigmoid(gate_BTF: np.ndarray, up_BTF: np.ndarray) -> np.ndarray:
+def silu_gate_by_sigmoid(
+    gate_BTF: np.ndarray, up_BTF: np.ndarray, rounded: Callable[[np.ndarray], np.ndarray] = as_it_is
+) -> np.ndarray:
     """SwiGLU's gate with the sigmoid rounded first."""
     with np.errstate(over="ignore"):
-        return gate_BTF * (1 / (1 + np.exp(-gate_BTF))) * up_BTF
+        return rounded(gate_BTF * (1 / (1 + np.exp(-gate_BTF)))) * up_BTF
 
 
 EQUIVALENT_ORDERS: Mapping[str, Ops] = {
@@ -166,6 +218,10 @@ EQUIVALENT_ORDERS: Mapping[str, Ops] = {
         attend=attend_with_probabilities,
     ),
 }
+
+
+PLAINEST = replace(EQUIVALENT_ORDERS["as exporters write it"], linear=linear_one_by_one)
+PLAIN_POSITIONS = 16  # on which it is tried: it takes as long as hundreds of them in any other order
 
 
 def orders_for(positions: int) -> dict[str, Ops]:

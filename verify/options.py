@@ -6,9 +6,9 @@ from pathlib import Path
 
 from refengine.errors import InputError
 from refengine.quant import SCHEMES
-from verify.expect import AUTO, EXACT, expectations
+from verify.expect import EXACT
 from verify.machine import total_memory
-from verify.runtimes import RUNTIMES, USUAL, runtime_named
+from verify.runtimes import RUNTIMES, SERVER, USUAL, runtime_named
 from verify.schedule import SCHEDULES
 
 TRACE_FORMATS = """Holds every token of TRACE against the reference's choice after the same tokens. TRACE is one of:
@@ -39,9 +39,10 @@ def add_compare(compare: argparse.ArgumentParser) -> None:
     compare.add_argument(
         "--runtime",
         action="append",
-        type=_runtime,
+        type=_runtime_or_server,
         metavar="RUNTIME",
-        help=f"repeatable; {RUNTIME_NAMES}; default ort-openvino",
+        help=f"repeatable; {RUNTIME_NAMES}; default ort-openvino. {SERVER}, alone and without CANDIDATE: the server at "
+        "--provider-option base_url=http://HOST:PORT/v1",
     )
     compare.add_argument(
         "--provider-option",
@@ -54,14 +55,19 @@ def add_compare(compare: argparse.ArgumentParser) -> None:
     _add_decoding(compare)
     compare.add_argument(
         "--expect",
-        choices=[*expectations(), AUTO],
         default=EXACT.name,
         metavar="PRECISION",
-        help="what counts as equal: float32 (default), a quantised cache (int8-kv, ov-u8, ...), or auto",
+        help="what counts as equal: float32 (default); float16, bfloat16, int8-activations; the export's own weights "
+        "(int4-weights, ...); a quantised cache (int8-kv, ov-u8, ...); several joined, as in bfloat16+ov-u8; or auto: "
+        "what the runtime's settings say",
     )
     _add_limits(compare)
+    _add_diagnosis(compare)
     compare.add_argument(
-        "--no-diagnose", action="store_true", help="do not look for the cause (this release never does)"
+        "--repro",
+        type=Path,
+        metavar="DIR",
+        help="write the smallest graph that shows the mistake, what it is fed and what is right, for a bug report",
     )
     compare.add_argument(
         "--json",
@@ -73,6 +79,18 @@ def add_compare(compare: argparse.ArgumentParser) -> None:
         "--save-reference", type=Path, metavar="FILE", help="keep the reference's run, to be used again"
     )
     reference.add_argument("--reference", type=Path, metavar="FILE", help="use a reference run that was kept")
+
+
+def _add_diagnosis(parser: argparse.ArgumentParser) -> None:
+    """Whether causes are looked for, and how long."""
+    parser.add_argument("--no-diagnose", action="store_true", help="do not look for the cause of what is not equal")
+    parser.add_argument(
+        "--diagnose-seconds",
+        type=_above_zero,
+        default=120.0,
+        metavar="SECONDS",
+        help="after which no other cause is begun; default 120",
+    )
 
 
 def _add_decoding(compare: argparse.ArgumentParser) -> None:
@@ -137,16 +155,17 @@ def add_check(check: argparse.ArgumentParser) -> None:
     check.add_argument("trace", metavar="TRACE", type=Path, help="what another system decoded, in either format")
     check.add_argument(
         "--expect",
-        choices=expectations(),
         default=EXACT.name,
         metavar="PRECISION",
-        help="what counts as equal: float32 (default), or a quantised cache (int8-kv, ov-u8, ...)",
+        help="what counts as equal: float32 (default); float16, bfloat16, int8-activations; a quantised cache "
+        "(int8-kv, ov-u8, ...); or several joined, as in bfloat16+ov-u8",
     )
     check.add_argument(
         "--json",
         metavar="FILE",
         help='write the report as JSON; "-" is standard output, and takes the place of the console report',
     )
+    _add_diagnosis(check)
 
 
 def add_inspect(inspect: argparse.ArgumentParser) -> None:
@@ -163,7 +182,7 @@ def add_inspect(inspect: argparse.ArgumentParser) -> None:
         "candidate",
         metavar="CANDIDATE",
         type=Path,
-        help=".onnx file or a directory that holds one; beside MODEL also OpenVINO's .xml",
+        help=".onnx file, OpenVINO's .xml, or a directory that holds one",
     )
     inspect.add_argument(
         "--runtime", type=_runtime, metavar="RUNTIME", help="without MODEL: open it there too, and show who runs what"
@@ -179,6 +198,15 @@ def add_export(export: argparse.ArgumentParser) -> None:
     """Those of `export`."""
     export.add_argument("model", metavar="MODEL", help="checkpoint directory, hub name or .gguf file")
     export.add_argument("out", metavar="OUT.onnx", type=Path)
+
+
+def add_causes(causes: argparse.ArgumentParser) -> None:
+    """Those of `causes`: none."""
+
+
+def add_explain(explain: argparse.ArgumentParser) -> None:
+    """Those of `explain`."""
+    explain.add_argument("cause", metavar="CAUSE", help="its name, as `causes` lists it")
 
 
 def add_bench(bench: argparse.ArgumentParser) -> None:
@@ -233,6 +261,10 @@ def _runtime(text: str) -> str:
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
+
+
+def _runtime_or_server(text: str) -> str:
+    return text if text == SERVER else _runtime(text)
 
 
 def _positive(text: str) -> int:

@@ -1,19 +1,12 @@
 """The reference's side: the right tokens, their logits and caches in float64, and the noise of float32."""
 
-import json
-import tokenize
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from refengine.checkpoint import Checkpoint
-from refengine.errors import InputError
 from refengine.generate import generate
 from refengine.kvcache import KVCache
 from refengine.model import forward
@@ -22,18 +15,11 @@ from refengine.quant import ops_for
 from refengine.scheme import Scheme, stored_as
 from refengine.tokens import left_padded
 from refengine.weights import Weights
-from verify.files import replacing
-from verify.noise import Noise, orders_for, rms
+from verify.arithmetic import FLOAT32, Arithmetic
+from verify.noise import PLAIN_POSITIONS, Noise, Plain, rms
+from verify.opened import open_weights
 
 TOKENS_A_PASS = 512  # bounds the logits held at a time
-FORMAT = 2  # of a saved run
-# What reading an .npz file raises that is none, or no longer a whole one. An OverflowError is an infinite token, a
-# MemoryError a size that nobody wrote; NotImplementedError and RuntimeError are zipfile's, of versions and encryption.
-DAMAGED = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
-    *(RecursionError, OverflowError, MemoryError, NotImplementedError, RuntimeError),
-    *(BadZipFile, zlib.error, tokenize.TokenError),
-)
 Rows = Sequence[Sequence[int]]
 
 
@@ -80,6 +66,7 @@ class Reference:
         on_progress: told what is being done.
         scheme: how its cache is stored; None keeps what is computed. With a scheme the noise of float32 includes the
             codes that it makes fall on the other side of a step.
+        arithmetic: whose noise is measured. The truth is float64 in any case.
     """
 
     def __init__(
@@ -87,10 +74,19 @@ class Reference:
         checkpoint: Checkpoint,
         on_progress: Callable[[str], None] = lambda what: None,
         scheme: Scheme | None = None,
+        arithmetic: Arithmetic = FLOAT32,
     ):
         self.checkpoint = checkpoint
         self.on_progress = on_progress
         self.scheme = scheme
+        self.arithmetic = arithmetic
+
+    def noisy(self, positions: int) -> tuple[Weights, dict[str, Ops]]:
+        """Weights, and the orders for so many positions, in the arithmetic whose noise is measured."""
+        orders = self.arithmetic.orders(positions)
+        if self.scheme is not None:
+            orders = {name: ops_for(self.scheme, ops) for name, ops in orders.items()}
+        return self.arithmetic.weights(self.checkpoint), orders
 
     def run(self, prompts: Rows, max_new_tokens: int, guess: Rows | None = None) -> ReferenceRun:
         """The reference's greedy run of `prompts`, `max_new_tokens` each, going on past end tokens.
@@ -100,8 +96,15 @@ class Reference:
                 reference's choice at every step; where each is the guess, then by induction the guess is its greedy
                 run, and nothing had to be decoded step by step.
         """
+        # What was read in float64 is let go before the same is read in float32.
+        return self._with_noise(*self._truth(prompts, max_new_tokens, guess))
+
+    def _truth(
+        self, prompts: Rows, max_new_tokens: int, guess: Rows | None
+    ) -> tuple[Rows, Rows, np.ndarray, dict[str, np.ndarray]]:
+        """Prompts, tokens, logits and caches in float64."""
         self.on_progress("reading the checkpoint in float64")
-        weights = Weights.open(self.checkpoint, np.float64)
+        weights = open_weights(self.checkpoint, np.float64)
         endless = replace(weights, config=replace(weights.config, eos_token_id=()))
         self.on_progress("the reference in float64")
         ops = OPS if self.scheme is None else ops_for(self.scheme)
@@ -111,26 +114,48 @@ class Reference:
             self.on_progress("the reference decodes its own tokens in float64")
             tokens = generate(endless, prompts, max_new_tokens, scheme=self.scheme, ops=ops)
             logits_PV, caches = one_pass(endless, prompts, tokens, self.scheme, ops)
-        return self._with_noise(prompts, tokens, logits_PV, caches)
+        return prompts, tokens, logits_PV, caches
 
     def _with_noise(
         self, prompts: Rows, tokens: Rows, logits64_PV: np.ndarray, caches64: Mapping[str, np.ndarray]
     ) -> ReferenceRun:
-        weights = Weights.open(self.checkpoint, np.float32)
+        weights, orders = self.noisy(len(logits64_PV))
         flips_P = np.zeros(len(logits64_PV))
         errors: dict[str, list[np.ndarray]] = {"lm_head": [], **{name: [] for name in caches64}}
-        for order, others in orders_for(len(logits64_PV)).items():
-            ops = others if self.scheme is None else ops_for(self.scheme, others)
-            self.on_progress(f"the reference in float32 ({order})")
+        for order, ops in orders.items():
+            self.on_progress(f"the reference in {self.arithmetic.name} ({order})")
             logits_PV, caches = one_pass(weights, prompts, tokens, self.scheme, ops)
             difference_PV = logits_PV - logits64_PV
             errors["lm_head"].append(rms(difference_PV, axis=-1))
             np.maximum(flips_P, np.abs(difference_PV).max(axis=-1), out=flips_P)
             for name, value_PX in caches.items():
                 errors[name].append(rms(value_PX - caches64[name], axis=-1))
-        measured = {name: Measured(value, Noise.of(errors[name], value)) for name, value in caches64.items()}
-        logits = Measured(logits64_PV, Noise.of(errors["lm_head"], logits64_PV))
+        plain = self._plain(weights, prompts, tokens, {"lm_head": logits64_PV, **caches64})
+        measured = {
+            name: Measured(value, Noise.of(errors[name], value, plain=plain.get(name)))
+            for name, value in caches64.items()
+        }
+        logits = Measured(logits64_PV, Noise.of(errors["lm_head"], logits64_PV, plain=plain.get("lm_head")))
         return ReferenceRun(prompts, tokens, logits, flips_P, measured)
+
+    def _plain(
+        self, weights: Weights, prompts: Rows, tokens: Rows, right64: Mapping[str, np.ndarray]
+    ) -> dict[str, Plain]:
+        """The plainest sums by trace point, at the first positions of the longest prompt.
+
+        None where noise is of another kind: of a coarser arithmetic, or of codes that fall on the other side of a step.
+        """
+        plainest = self.arithmetic.plainest
+        if plainest is None or self.scheme is not None:
+            return {}
+        self.on_progress(f"the reference in {self.arithmetic.name} (sums one by one)")
+        longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
+        prompt = prompts[longest][:PLAIN_POSITIONS]
+        before = step_slices(prompts, tokens)[longest].stop - len(prompts[longest]) - len(tokens[longest]) + 1
+        at = slice(before, before + len(prompt))
+        logits_PV, caches = one_pass(weights, [prompt], [[0]], None, plainest)
+        found = {"lm_head": logits_PV, **caches}
+        return {name: Plain(rms(value - right64[name][at], axis=-1), at) for name, value in found.items()}
 
 
 def chosen(logits_PV: np.ndarray, prompts: Rows, tokens: Rows) -> list[list[int]]:
@@ -181,84 +206,3 @@ def _columns(positions_BT: np.ndarray, new_tokens: int, scheme: Scheme | None) -
     if scheme is not None:
         starts = [0, *range(width - (new_tokens - 1), width)]
     return [slice(*ends) for ends in pairwise([*starts, width])]
-
-
-def save_reference(path: Path, run: ReferenceRun, model_sha256: str) -> None:
-    """Writes a reference run to one `.npz` file, to be used again by `load_reference`."""
-    arrays: dict[str, Any] = {
-        "header": np.array(
-            json.dumps(
-                {
-                    "format": FORMAT,
-                    "model_sha256": model_sha256,
-                    "prompts": _lists(run.prompts),
-                    "tokens": _lists(run.tokens),
-                    "points": sorted(["lm_head", *run.caches]),
-                }
-            )
-        )
-    }
-    arrays["flips_P"] = run.flips_P
-    for name, measured in {"lm_head": run.logits, **run.caches}.items():
-        arrays[f"{name}/value64"] = measured.value64_PX
-        arrays[f"{name}/rms"] = measured.noise.rms_P
-        arrays[f"{name}/bounds"] = np.array([measured.noise.overall_bound, measured.noise.position_bound])
-    with replacing(path) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, **arrays)
-
-
-def load_reference(path: Path, model_sha256: str, prompts: Rows, max_new_tokens: int) -> ReferenceRun:
-    """Reads a saved reference run.
-
-    Raises:
-        InputError: the file is not one, or is of another model, other prompts or another number of new tokens.
-    """
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            header = json.loads(str(file["header"]))
-            arrays = {name: file[name] for name in file.files if name != "header"}
-        run = _run_of(header, arrays)
-        made_from = str(header["model_sha256"])
-    except DAMAGED as error:
-        raise InputError(f"{path}: not a whole reference run ({error}); make one with --save-reference") from error
-    again = "make it again with --save-reference"
-    if made_from != model_sha256:
-        raise InputError(
-            f"{path}: made from a model of sha256 {made_from[:12]}, this one has {model_sha256[:12]}; {again}"
-        )
-    if run.prompts != _lists(prompts):
-        raise InputError(f"{path}: made from other prompts; use the same ones, or {again}")
-    if any(len(new) != max_new_tokens for new in run.tokens):
-        raise InputError(
-            f"{path}: made with --max-new-tokens {len(run.tokens[0])}, asked for {max_new_tokens}; {again}"
-        )
-    return run
-
-
-def _run_of(header: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> ReferenceRun:
-    """The run in a file's contents. Raises ValueError, KeyError or TypeError when they are not what `save` writes."""
-    if header["format"] != FORMAT:
-        raise ValueError(f"expected format {FORMAT}, found {header['format']!r}")
-    prompts, tokens = _lists(header["prompts"]), _lists(header["tokens"])
-    flips_P = arrays.pop("flips_P")
-    points = sorted({name.rsplit("/", 1)[0] for name in arrays})
-    if points != header["points"]:  # a damaged archive may list fewer arrays than it holds
-        raise ValueError(f"expected {len(header['points'])} trace points, found {len(points)}")
-    measured = {
-        point: Measured(
-            arrays[f"{point}/value64"], Noise(arrays[f"{point}/rms"], *map(float, arrays[f"{point}/bounds"]))
-        )
-        for point in points
-    }
-    run = ReferenceRun(prompts, tokens, measured.pop("lm_head"), flips_P, measured)
-    positions = sum(run.lengths)
-    for point in (run.logits, *run.caches.values()):
-        if point.value64_PX.ndim != 2 or len(point.value64_PX) != positions or point.noise.rms_P.shape != (positions,):
-            raise ValueError(f"expected {positions} positions, found arrays of {point.value64_PX.shape}")
-    if flips_P.shape != (positions,):
-        raise ValueError(f"expected {positions} positions, found {flips_P.shape}")
-    return run
-
-
-def _lists(rows: Rows) -> list[list[int]]:
-    return [[int(token) for token in row] for row in rows]

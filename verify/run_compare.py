@@ -3,6 +3,7 @@
 import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,25 @@ from refengine.errors import InputError
 from refengine.prompts import encode_checked, read_prompts
 from refengine.requests import Limits, check_request
 from refengine.tokenizer import encode_prompt, load_tokenizer
+from verify.candidates.checkpoint_file import CheckpointFile
 from verify.candidates.files import describe_candidate
-from verify.compare import CacheMode, Comparison, Request, not_revealed, notes_on, request_for
-from verify.contestant import Isolated
+from verify.candidates.graph_constants import graph_constants
+from verify.candidates.onnx_file import OnnxFile
+from verify.candidates.openvino_file import IrFile
+from verify.compare import Comparison, Progress, Unequal
+from verify.contestant import Contestant, Isolated
 from verify.embedded import embedded_model
 from verify.errors import NoVerdict
 from verify.expect import EXACT, expected
 from verify.files import check_place, sha256_of
+from verify.find_cause import find_cause
+from verify.own_weights import notes_on_weights, read_weights
 from verify.prompts import BUILT_IN, check_prompts
-from verify.reference import load_reference, save_reference
-from verify.report.result import Cell, Exported, Model, Report
+from verify.report.result import Cell, Diagnosis, Exported, Model, Report
+from verify.request import CacheMode, Request, not_revealed, notes_on, request_for
+from verify.run_openai import check_options, judge_server
+from verify.runtimes import SERVER
+from verify.saved_reference import load_reference, save_reference
 from verify.terminal import check_json_place, deliver, progress_bars
 from verify.workers.worker import Bounds
 
@@ -30,15 +40,20 @@ MODES: Mapping[str, tuple[CacheMode, ...]] = {"both": ("off", "on"), "on": ("on"
 
 def run_compare(options: argparse.Namespace) -> int:
     """Compares, prints the report, writes what was asked for, and returns the exit code."""
-    if options.model is not None and options.candidate is None:
+    is_server = SERVER in (options.runtime or ())
+    if is_server:
+        check_options(options)
+    elif options.model is not None and options.candidate is None:
         raise InputError("compare: expected MODEL and CANDIDATE, or neither; found MODEL alone")
     check_json_place(options.json)
     if options.save_reference is not None:
         check_place(options.save_reference)  # now, not after minutes of work
     with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
         checkpoint = open_checkpoint(options.model or embedded_model())
-        candidate = options.candidate or _embedded_export(checkpoint, Path(temporary))
-        report = _report(options, checkpoint, candidate)
+        if is_server:
+            report = _report_on_server(options, checkpoint)
+        else:
+            report = _report(options, checkpoint, options.candidate or _embedded_export(checkpoint, Path(temporary)))
     deliver(report, options.json)
     return report.exit_code
 
@@ -49,37 +64,87 @@ def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> 
     bounds = Bounds(options.time_limit, int(options.memory_limit * 1e9))
     runtimes = options.runtime or ["ort-openvino"]
     pythons = _pythons(options.python, runtimes)
-    file = describe_candidate(path)
+    files = {runtime: describe_candidate(path, runtime) for runtime in runtimes}
+    # Of a directory that is a checkpoint and holds an export too, the export is what has weights of its own.
+    file = next((each for each in files.values() if not isinstance(each, CheckpointFile)), files[runtimes[0]])
     model = Model(str(checkpoint.path), checkpoint.config.model_type, sha256_of(*checkpoint.files))
     saved = None
     if options.reference is not None:
         saved = load_reference(options.reference, model.sha256, request.prompts, request.max_new_tokens)
-    cells: list[Cell] = []
-    notes: list[str] = []
-    padded = False
     with progress_bars() as progress:
-        comparison = Comparison(checkpoint, request, progress, saved)
+        progress.begin(f"reading the weights of {path.name}", None)
+        own, notes = read_weights(checkpoint, file)
+        comparison = Comparison(checkpoint, request, progress, saved, own)
+        runs = _Runs(options, comparison, checkpoint, file, progress)
         for runtime in runtimes:
             progress.begin(f"opening {path.name} on {runtime}", None)
-            isolated = Isolated(file.path, runtime, settings, checkpoint.config, bounds, pythons.get(runtime))
-            try:
-                with isolated as candidate:
-                    cells += comparison.cells(candidate)
-                    notes += notes_on(candidate, request)
-                    padded |= request_for(candidate, request).is_padded
-            except NoVerdict as error:
-                cells += comparison.unopened(runtime, settings, str(error))
-    if options.save_reference is not None and EXACT in comparison.reference_runs:
-        save_reference(options.save_reference, comparison.reference_runs[EXACT], model.sha256)
+            place = files[runtime].path
+            runs.add(Isolated(place, runtime, settings, checkpoint.config, bounds, pythons.get(runtime)), settings)
+        weights = None if own is None else replace(own.report, cost=comparison.references.cost_of_weights())
+    if own is not None:
+        notes += notes_on_weights(own, request.expectation)
+    if options.save_reference is not None and EXACT in comparison.references.made:
+        save_reference(options.save_reference, comparison.references.made[EXACT], model.sha256)
     return Report(
         model,
         Exported(str(file.path), file.exporter, file.sha256),
         len(request.prompts),
         request.max_new_tokens,
-        tuple(cells),
-        tuple(notes),
-        tuple(not_revealed(checkpoint.config, request, padded)),
+        tuple(runs.cells),
+        tuple(notes + runs.notes),
+        tuple(not_revealed(checkpoint.config, request, runs.padded)),
+        weights=weights,
+        diagnosed=runs.diagnosed,
     )
+
+
+@dataclass
+class _Runs:
+    """What is known of the runtimes that have been compared so far."""
+
+    options: argparse.Namespace
+    comparison: Comparison
+    checkpoint: Checkpoint
+    file: OnnxFile | IrFile | CheckpointFile
+    progress: Progress
+    cells: list[Cell] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    padded: bool = False
+    diagnosed: Diagnosis | None = None
+
+    def add(self, isolated: Isolated, settings: Mapping[str, str]) -> None:
+        """Compares one more, and looks for the cause where it is the first that is not equal."""
+        request = self.comparison.request
+        try:
+            with isolated as candidate:
+                self.cells += self.comparison.cells(candidate)
+                self.notes += notes_on(candidate, request)
+                self.padded |= request_for(candidate, request).is_padded
+                if self.comparison.unequal is not None and self.diagnosed is None and not self.options.no_diagnose:
+                    self.diagnosed = self._diagnosed(candidate, self.comparison.unequal)
+        except NoVerdict as error:
+            self.cells += self.comparison.unopened(isolated.runtime, settings, str(error))
+
+    def _diagnosed(self, candidate: Contestant, unequal: Unequal) -> Diagnosis:
+        constants = {}
+        if not isinstance(self.file, CheckpointFile):
+            constants = graph_constants(self.file.path, self.checkpoint.config)
+        try:
+            return find_cause(
+                *(self.checkpoint, self.comparison.own, candidate, unequal, constants),
+                *(self.options.diagnose_seconds, self.progress, self.options.repro),
+            )
+        except NoVerdict as error:
+            return Diagnosis("unexplained", notes=(f"the candidate could not be looked into: {error}",))
+
+
+def _report_on_server(options: argparse.Namespace, checkpoint: Checkpoint) -> Report:
+    request = _request(options, checkpoint)
+    settings = _provider_options(options.provider_option)
+    with progress_bars() as progress:
+        return judge_server(
+            checkpoint, request.prompts, request.max_new_tokens, settings, request.expectation, progress
+        )
 
 
 def _request(options: argparse.Namespace, checkpoint: Checkpoint) -> Request:

@@ -49,6 +49,7 @@ RUNTIMES: Mapping[str, Open] = {
     "transformers": _open_transformers,
     "llama.cpp": _open_llama_cpp,
 }
+SERVER = "openai"  # opens no file: a server is asked, and judged by its record
 
 
 def runtime_named(name: str) -> Open:

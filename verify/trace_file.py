@@ -23,7 +23,7 @@ from refengine.config import Config
 from refengine.config_values import is_whole
 from refengine.errors import InputError
 from refengine.requests import check_request
-from verify.reference import DAMAGED
+from verify.saved_reference import DAMAGED
 
 Rows = Sequence[Sequence[int]]
 TopLogprobs = Sequence[Sequence[tuple[int, float]]]  # at each step of a row: some tokens and their log-probabilities
@@ -66,7 +66,7 @@ def read_trace(path: Path) -> Trace:
         raise InputError(f"{path}: the trace could not be read ({error})") from error
 
 
-def check_trace(path: Path, trace: Trace, config: Config) -> None:
+def check_trace(path: Path | str, trace: Trace, config: Config) -> None:
     """Raises InputError where a trace cannot be of this model: its ids, its vocabulary, or how far it goes."""
     for row, (prompt, new) in enumerate(zip(trace.prompts, trace.tokens, strict=True)):
         where = f"{path}: row {row}"

@@ -1,6 +1,6 @@
 """A checkpoint compared with an export of it, for tests of the verdict."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -8,10 +8,11 @@ from typing import Any
 
 from refengine.checkpoint import Checkpoint
 from verify.candidates import Candidate
-from verify.compare import Comparison, Request
+from verify.compare import Comparison
 from verify.drive import CandidateRun, run_candidate
 from verify.reference import Reference, ReferenceRun
 from verify.report.result import Cell
+from verify.request import Request
 from verify.runtimes import RUNTIMES
 from verify.schedule import Schedule
 
@@ -46,6 +47,9 @@ class Here:
 
     def decode(self, prompts: Rows, schedule: Schedule, **how: Any) -> CandidateRun:
         return run_candidate(self._candidate, prompts, schedule, **how)
+
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self._candidate, *arguments)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NUMBER = (int, float, str)  # a string where it is not finite
+NOTHING = type(None)
 VERDICTS = ("equal", "drift", "mismatch", "no-verdict")
 REPORT: Mapping[str, Any] = {
     "schema": int,
@@ -11,26 +12,38 @@ REPORT: Mapping[str, Any] = {
     "model": {"path": str, "model_type": str, "sha256": str},
     "candidate": {"path": str, "exporter": str, "sha256": str},
     "cells": list,
-    "location": (type(None), dict),
+    "location": (NOTHING, dict),
     "diagnosis": str,
     "causes": list,
     "not_revealed": list,
+    "notes": list,
+    "prompts": int,
+    "max_new_tokens": int,
+    "weights": (NOTHING, dict),
 }
 CELL: Mapping[str, Any] = {
     "runtime": str,
     "cache": str,
     "settings": {"requested": dict, "effective": dict},
     "verdict": str,
-    "batching": str,
-    "batch_size": int,
-    "tokens": (type(None), dict),
-    "noise_ratio": (type(None), dict),
-    "seconds": (type(None), dict),
+    "batching": (NOTHING, str),
+    "batch_size": (NOTHING, int),
+    "tokens": (NOTHING, dict),
+    "noise_ratio": (NOTHING, dict),
+    "seconds": (NOTHING, dict),
+    "reason": (NOTHING, str),
+    "expect": str,
+    "also": (NOTHING, dict),
+    "explained_by": (NOTHING, str),
+    "logprobs": (NOTHING, dict),
+    "differences": list,
 }
-TOKENS: Mapping[str, Any] = {"compared": int, "equal": int, "ties": int, "first_mismatch": (type(None), dict)}
+TOKENS: Mapping[str, Any] = {"compared": int, "equal": int, "ties": int, "first_mismatch": (NOTHING, dict)}
 FIRST_MISMATCH: Mapping[str, Any] = {"row": int, "step": int, "expected": int, "actual": int, "margin": NUMBER}
 NOISE_RATIO: Mapping[str, Any] = {"logits": NUMBER, "worst": {"point": str, "position": int, "ratio": NUMBER}}
-SECONDS: Mapping[str, Any] = {"candidate": float, "reference": float}
+SECONDS: Mapping[str, Any] = {"candidate": (NOTHING, float), "reference": float}
+LOGPROBS: Mapping[str, Any] = {"compared": int, "largest": NUMBER, "rms": NUMBER}
+DIFFERENCE: Mapping[str, Any] = {**FIRST_MISMATCH, "rank": int}
 
 
 def check_fields(report: Mapping[str, Any]) -> None:
@@ -42,19 +55,36 @@ def check_fields(report: Mapping[str, Any]) -> None:
     assert all(isinstance(line, str) for line in report["not_revealed"])
     assert report["cells"]
     for side in ("model", "candidate"):
-        assert len(bytes.fromhex(report[side]["sha256"])) == 32
+        fingerprint = report[side]["sha256"]
+        assert len(bytes.fromhex(fingerprint)) == 32 or (side == "candidate" and fingerprint == ""), side
     for cell in report["cells"]:
-        _check(cell, CELL, "cell")
-        assert cell["verdict"] in VERDICTS
-        assert cell["cache"] in ("on", "off")
-        assert cell["batching"] in ("static", "dynamic", "continuous")
-        parts = {"tokens": TOKENS, "noise_ratio": NOISE_RATIO, "seconds": SECONDS}
-        for name, fields in parts.items():
-            assert (cell[name] is None) == (cell["verdict"] == "no-verdict"), name
-            if cell[name] is not None:
-                _check(cell[name], fields, name)
-        if cell["tokens"] and cell["tokens"]["first_mismatch"]:
-            _check(cell["tokens"]["first_mismatch"], FIRST_MISMATCH, "first_mismatch")
+        _check_cell(cell)
+
+
+def _check_cell(cell: Mapping[str, Any]) -> None:
+    _check(cell, CELL, "cell")
+    assert cell["verdict"] in VERDICTS
+    assert cell["cache"] in ("on", "off", "unknown")
+    # Of what another system decoded, it is not known how; and it may have kept nothing but tokens.
+    elsewhere = cell["cache"] == "unknown"
+    assert cell["batching"] in ((None,) if elsewhere else ("static", "dynamic", "continuous"))
+    assert (cell["batch_size"] is None) == elsewhere
+    without = cell["verdict"] == "no-verdict"
+    assert (cell["reason"] is None) == (not without)
+    for name, fields in {"tokens": TOKENS, "noise_ratio": NOISE_RATIO, "seconds": SECONDS}.items():
+        assert (cell[name] is None) == without or (name == "noise_ratio" and elsewhere), name
+        if cell[name] is not None:
+            _check(cell[name], fields, name)
+    if cell["seconds"]:
+        assert (cell["seconds"]["candidate"] is None) == (cell["runtime"] == "trace")
+    if cell["tokens"] and cell["tokens"]["first_mismatch"]:
+        _check(cell["tokens"]["first_mismatch"], FIRST_MISMATCH, "first_mismatch")
+    assert elsewhere or (cell["logprobs"] is None and cell["differences"] == [])
+    if cell["logprobs"] is not None:
+        _check(cell["logprobs"], LOGPROBS, "logprobs")
+    for difference in cell["differences"]:
+        _check(difference, DIFFERENCE, "difference")
+        assert isinstance(difference["tie"], bool)
 
 
 def _check(found: Any, fields: Mapping[str, Any], where: str) -> None:

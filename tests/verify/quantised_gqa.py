@@ -124,5 +124,5 @@ RUNTIMES: Mapping[str, Callable[[Path], Run]] = {"openvino": on_openvino, "onnxr
 INTEGERS = [Mode(numbers, per_channel) for numbers in ("int8", "int4") for per_channel in (False, True)]
 MODES = {"openvino": [*INTEGERS, Mode("float8_e4m3fn")], "onnxruntime": INTEGERS}  # what each can hold
 # An ONNX Runtime that knows this kind of cache shares no environment with onnxruntime-openvino, nor does it need this
-# one: `python -m tests.onnxruntime_environment` makes one of its own.
+# one: `python -m tests.runtime_environments` makes one of its own.
 HERE = "openvino" if find_spec("openvino") else "onnxruntime"

@@ -10,7 +10,7 @@ from tests.verify import faulty
 from tests.verify.comparing import Compared
 from tests.verify.faulty import write_faulty
 from tests.verify.fields import check_fields
-from verify.compare import Request, not_revealed, notes_on, request_for
+from verify.request import Request, not_revealed, notes_on, request_for
 from verify.schedule import SCHEDULES
 
 FROZEN = Path(__file__).parents[2] / "fixtures" / "exports"
@@ -98,9 +98,9 @@ def test_an_export_of_a_fixed_number_of_rows_is_run_in_static_batches_and_the_re
     met = request_for(candidate, asked)
     assert (met.batching, met.most_rows) == ("static", 2)
     (note,) = notes_on(candidate, asked)
-    assert note.endswith("takes 2 rows and no other number, so it was run in static batches of as many")
+    assert note.endswith("takes 2 rows at a time and no other number, so it was run in static batches of as many")
     (note,) = notes_on(candidate, Request(compared.prompts, 8))
-    assert note.endswith("takes 2 rows and no other number")
+    assert note.endswith("takes 2 rows at a time and no other number")
     assert notes_on(candidate, Request(compared.prompts, 8, batch_size=2)) == []
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.verify.commands import Done, verify, verify_elsewhere
-from verify.runtimes import RUNTIMES
+from verify.runtimes import USUAL
 
 FOR_ALL = ["no cache", "cache", "batch", "batch, cache", "continuous"]
 ON_REFERENCE = [*FOR_ALL[:-1], "batch, cache, int8", "continuous"]
@@ -130,9 +130,9 @@ def test_an_export_that_no_runtime_can_open_is_rows_with_a_reason_and_the_others
     done = verify("bench", small.checkpoint, broken, *quick)
     assert done.code == 0
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    assert list(dict.fromkeys(row["engine"] for row in rows)) == ["reference", *RUNTIMES]
+    assert list(dict.fromkeys(row["engine"] for row in rows)) == ["reference", *USUAL]
     for row in rows:
-        assert (row["figures"] is None) == (row["engine"] in RUNTIMES) == (row["reason"] is not None)
+        assert (row["figures"] is None) == (row["engine"] in USUAL) == (row["reason"] is not None)
     (line,) = (line for line in done.out.splitlines() if line.startswith("ort-cpu ("))
     assert line.startswith("ort-cpu (no cache; cache; batch; batch, cache; continuous): ")
     assert f"{broken}: not a whole ONNX file" in line

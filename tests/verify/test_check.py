@@ -12,12 +12,13 @@ from refengine.generate import generate
 from refengine.model import forward
 from refengine.weights import Weights
 from tests.verify.commands import verify
+from tests.verify.fields import check_fields
 from tests.verify.traces import write_trace
 from verify.check import judge_trace
 from verify.drive import run_candidate
 from verify.expect import EXACT, expectations
 from verify.follow import log_softmax
-from verify.reference import Rows
+from verify.reference import Reference, Rows, one_pass
 from verify.report.result import Cell
 from verify.trace_file import Trace
 
@@ -211,16 +212,28 @@ def test_json_has_the_fields_of_a_comparison_and_every_step_that_differs(tiny, b
     trace = write_trace(by_engine, tmp_path / "trace.npz")
     done = verify("check", tiny.path, trace, "--json", "-")
     report = json.loads(done.out)
+    check_fields(report)
     (cell,) = report["cells"]
     assert (report["schema"], report["verdict"], report["prompts"], done.code) == (1, "equal", 3, 0)
     assert (cell["runtime"], cell["cache"], cell["seconds"]["candidate"]) == ("trace", "unknown", None)
     assert report["candidate"]["exporter"] == "trace of tokens and logits"
     file = tmp_path / "report.json"
     verify("check", tiny.path, write_trace(with_token(by_engine, 0, 6, 5), trace), "--json", file)
-    (cell,) = json.loads(file.read_text(encoding="utf-8"))["cells"]
-    first = cell["differences"][0]
+    report = json.loads(file.read_text(encoding="utf-8"))
+    check_fields(report)
+    first = report["cells"][0]["differences"][0]
     assert (first["row"], first["step"], first["actual"]) == (0, 6, 5)
     assert set(first) == {"row", "step", "expected", "actual", "rank", "margin", "tie"}
+
+
+@pytest.mark.parametrize("kept", [with_logprobs, without_logits], ids=["logprobs", "tokens"])
+def test_json_has_null_for_what_a_record_does_not_say(tiny, by_engine, tmp_path, kept):
+    done = verify("check", tiny.path, write_trace(kept(by_engine), tmp_path / "trace.jsonl"), "--json", "-")
+    report = json.loads(done.out)
+    check_fields(report)
+    (cell,) = report["cells"]
+    assert (cell["cache"], cell["batching"], cell["batch_size"], cell["reason"]) == ("unknown", None, None, None)
+    assert (cell["noise_ratio"] is None, cell["logprobs"] is None) == (kept is without_logits,) * 2
 
 
 @pytest.mark.parametrize(("row", "step", "noted"), [(0, 2, True), (0, 7, False), (2, 0, False)])
@@ -231,3 +244,28 @@ def test_tokens_after_an_end_token_are_noted_and_an_end_token_at_the_end_is_not(
     done = verify("check", tiny.path, write_trace(trace, tmp_path / "trace.jsonl"), "--json", "-")
     notes = json.loads(done.out)["notes"]
     assert notes == [f"1 of 3 rows go on after an end token, the first of them row {row} after step {step}"] * noted
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("int4-weights", "--expect int4-weights: a record does not hold the weights that it was made with; give MODEL"),
+        ("no-such", "--expect"),
+    ],
+)
+def test_what_a_record_cannot_show_is_not_expected_of_it(tiny, by_engine, tmp_path, name, says):
+    done = verify("check", tiny.path, write_trace(by_engine, tmp_path / "trace.npz"), "--expect", name)
+    assert (done.code, done.out) == (2, "")
+    assert says in done.err
+
+
+def test_a_trace_in_bfloat16_is_equal_where_that_is_expected_and_drift_where_not(tiny, by_engine):
+    """Logits with the error of bfloat16's arithmetic: the noise of one of its own orders."""
+    bfloat16 = expectations()["bfloat16"]
+    weights, orders = Reference(tiny, arithmetic=bfloat16.arithmetic).noisy(sum(map(len, by_engine.prompts)))
+    ops = next(iter(orders.values()))
+    rows = zip(by_engine.prompts, by_engine.tokens, strict=True)
+    logits = [one_pass(weights, [prompt], [new], None, ops)[0][-len(new) :] for prompt, new in rows]
+    trace = replace(by_engine, logits=logits)
+    assert judge_trace(tiny, trace, bfloat16).verdict == "equal"
+    assert judge_trace(tiny, trace, EXACT).verdict == "drift"

@@ -14,10 +14,11 @@ from tests.checkpoints import write_checkpoint
 from tests.verify import faulty
 from tests.verify.comparing import Compared, Here, Notes
 from tests.verify.faulty import changed_weight, exchanged_layers, only_in, scaled_attention, windowed, write_faulty
-from verify.compare import Comparison, Request, not_revealed, notes_on
+from verify.compare import Comparison
 from verify.export.modules import MODULES
 from verify.reference import Reference
 from verify.report.result import Cell, Exported, Model, Report
+from verify.request import Request, not_revealed, notes_on
 
 FROZEN = Path(__file__).parents[2] / "fixtures" / "exports"
 RUNTIMES = ["ort-cpu", "ort-openvino"]
@@ -170,9 +171,9 @@ def test_a_run_asks_the_reference_once_for_all_its_cells(tiny, compared, clean):
     progress = Notes()
     comparison = Comparison(tiny, Request(compared.prompts, 2), progress)
     first = comparison.cell(Here(compared.open(clean)), "off")
-    (kept,) = comparison.reference_runs.values()
+    (kept,) = comparison.references.made.values()
     second = comparison.cell(Here(compared.open(clean)), "on")
-    assert list(comparison.reference_runs.values()) == [kept]
+    assert list(comparison.references.made.values()) == [kept]
     assert (first.verdict, second.verdict) == ("equal", "equal")
     assert [what for what, _ in progress.begun].count("reading the checkpoint in float64") == 1
     runs = [(what, steps) for what, steps in progress.begun if what.startswith("ort-cpu")]

@@ -13,10 +13,10 @@ from refengine.weights import Weights
 from tests.verify.faulty import keep_last_logits, take_two_rows, write_faulty
 from tests.verify.handmade import ONE_LAYER, K, N, repeating_decoder
 from verify.candidates.ort import OrtCandidate
-from verify.compare import Request
 from verify.drive import CandidateRun, run_candidate
 from verify.errors import NoVerdict
 from verify.judge import judge
+from verify.request import Request
 from verify.schedule import SCHEDULES
 
 

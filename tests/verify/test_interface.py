@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from refengine.errors import InputError
 from tests.verify.declared import CONFIG, H, K, V, cached_interface, inputs, outputs, without
-from verify.interface import Declared, Interface, check_same_model, interface_of
+from verify.interface import Declared, Interface, check_halves, check_same_model, interface_of
 
 SPELLINGS = {  # by exporter: names of the past and of the present
     "optimum and model builder": ("past_key_values.{n}.{kind}", "present.{n}.{kind}"),
@@ -181,3 +181,13 @@ def test_a_cache_of_query_heads_is_explained():
     explanation = "^candidate has 6 KV heads, checkpoint 2: its past was built with num_attention_heads where"
     with pytest.raises(InputError, match=explanation):
         check_same_model(cached_interface(kv_heads=6), CONFIG)
+
+
+def test_of_a_decoder_in_two_files_the_first_gives_all_that_the_second_is_fed():
+    tokens, later = inputs(layers=0), cached_interface()
+    check_halves(interface_of(tokens, outputs()), later)
+    for gives in (outputs(layers=11), outputs("present.{n}.{kind}")):
+        with pytest.raises(InputError, match=r"^present_key_\d+: expected it of decoder_model, .*export both again$"):
+            check_halves(interface_of(tokens, gives), later)
+    with pytest.raises(InputError, match=r"^decoder_with_past_model: expected inputs for the past, found none"):
+        check_halves(later, interface_of(tokens, outputs()))

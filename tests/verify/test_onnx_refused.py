@@ -1,6 +1,8 @@
 """ONNX files that are refused before anything is done with them."""
 
+import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
@@ -16,6 +18,7 @@ from verify.errors import RuntimeMissing
 from verify.export import export_decoder
 from verify.inspection import inspect
 
+Q4 = Path(__file__).parents[2] / "fixtures" / "exports" / "mistral-community" / "onnx" / "model_q4.onnx"
 OUTSIDE = [
     "/etc/passwd",
     "../outside.data",
@@ -168,11 +171,96 @@ def test_a_genai_config_that_names_no_usable_file_is_refused(tmp_path, config, m
         find_onnx(tmp_path)
 
 
+COMMUNITY = ("onnx/model_fp16.onnx", "onnx/model_q4.onnx", "onnx/model_q4f16.onnx")
+
+
+def touched(directory: Path, names: Iterable[str]) -> Path:
+    for name in names:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).touch()
+    return directory
+
+
 def test_a_directory_with_several_models_asks_for_one(tmp_path):
-    for name in ("decoder_model.onnx", "decoder_with_past_model.onnx"):
-        (tmp_path / name).touch()
-    with pytest.raises(InputError, match=r"found decoder_model\.onnx, decoder_with_past_model\.onnx and no"):
-        find_onnx(tmp_path)
+    with pytest.raises(
+        InputError, match=r"found onnx/model_fp16\.onnx, onnx/model_q4\.onnx, onnx/model_q4f16.* and no"
+    ):
+        find_onnx(touched(tmp_path, COMMUNITY))
+
+
+@pytest.mark.parametrize(
+    ("names", "meant"),
+    [
+        (COMMUNITY[:1], COMMUNITY[0]),
+        ((*COMMUNITY, "onnx/model.onnx"), "onnx/model.onnx"),
+        (("onnx/model.onnx", "model.onnx"), "model.onnx"),
+        (("decoder_model.onnx", "decoder_with_past_model.onnx"), "decoder_model.onnx"),
+        (
+            ("decoder_model.onnx", "decoder_with_past_model.onnx", "decoder_model_merged.onnx"),
+            "decoder_model_merged.onnx",
+        ),
+        (
+            ("onnx/decoder_model_merged.onnx", "onnx/decoder_model_merged_quantized.onnx"),
+            "onnx/decoder_model_merged.onnx",
+        ),
+        (("decoder_model_int8.onnx", "decoder_with_past_model_int8.onnx"), "decoder_model_int8.onnx"),
+    ],
+)
+def test_a_directory_means_the_whole_model_and_a_path_the_file_there(tmp_path, names, meant):
+    assert find_onnx(touched(tmp_path, names)) == tmp_path / meant
+    for name in names:
+        assert find_onnx(tmp_path / name).name == name.replace("_with_past", "").rpartition("/")[2]
+
+
+def test_the_second_half_of_a_decoder_is_nothing_without_the_first(tmp_path):
+    touched(tmp_path, ["decoder_with_past_model.onnx"])
+    for path in (tmp_path, tmp_path / "decoder_with_past_model.onnx"):
+        with pytest.raises(InputError, match=r"decoder_model\.onnx: no such file, although decoder_with_past_model"):
+            find_onnx(path)
+
+
+def test_the_first_half_of_a_decoder_alone_is_an_export_without_a_past(whole, tmp_path):
+    onnx.save(whole, tmp_path / "decoder_model.onnx")
+    alone = describe(tmp_path)
+    assert alone.with_past is None
+    onnx.save(whole, tmp_path / "decoder_with_past_model.onnx")
+    both = describe(tmp_path)
+    assert (both.path, both.with_past.path.name) == (alone.path, "decoder_with_past_model.onnx")
+    assert both.sha256 != alone.sha256
+
+
+def test_a_half_that_is_cut_short_is_named(whole, tmp_path):
+    onnx.save(whole, tmp_path / "decoder_model.onnx")
+    (tmp_path / "decoder_with_past_model.onnx").write_bytes(whole.SerializeToString()[:-100])
+    with pytest.raises(InputError, match=r"decoder_with_past_model\.onnx: not a whole ONNX file"):
+        describe(tmp_path)
+
+
+@pytest.fixture
+def in_two_files(tmp_path) -> Path:
+    """A four-bit model whose weights are shared out as onnx-community shares out large ones."""
+    path = tmp_path / "model_q4.onnx"
+    onnx.save(onnx.load(Q4), path, save_as_external_data=True, location="model_q4.onnx_data", size_threshold=0)
+    model = onnx.load(path, load_external_data=False)
+    moved = [tensor for tensor in model.graph.initializer if tensor.external_data][1::2]
+    for tensor in moved:
+        next(entry for entry in tensor.external_data if entry.key == "location").value = "model_q4.onnx_data_1"
+    onnx.save(model, path)
+    shutil.copyfile(tmp_path / "model_q4.onnx_data", tmp_path / "model_q4.onnx_data_1")
+    return path
+
+
+def test_weights_in_several_files_are_all_found(in_two_files):
+    names = ["model_q4.onnx_data", "model_q4.onnx_data_1"]
+    assert [file.name for file in describe(in_two_files).external_files] == names
+
+
+@pytest.mark.parametrize("name", ["model_q4.onnx_data", "model_q4.onnx_data_1"])
+def test_four_bit_weights_that_are_cut_short_are_named(in_two_files, name):
+    data = in_two_files.with_name(name)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    with pytest.raises(InputError, match=rf"{name}: expected at least \d+ bytes, .* cut short"):
+        describe(in_two_files)
 
 
 def test_without_the_onnx_package_the_extra_to_install_is_named(external, monkeypatch):

@@ -12,10 +12,11 @@ from tests.verify.commands import verify
 from tests.verify.comparing import Compared, Here
 from verify.candidates.files import describe_candidate
 from verify.candidates.openvino import OpenVinoCandidate
-from verify.compare import Comparison, Request
+from verify.compare import Comparison
 from verify.errors import NoVerdict
 from verify.expect import EXACT, expectations
 from verify.report.result import Cell
+from verify.request import Request
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 IR = FIXTURES / "exports" / "optimum-intel"
@@ -108,8 +109,8 @@ def test_the_command_line_takes_the_cache_from_the_runtimes_settings_and_says_so
     given = ("--runtime", "openvino", *options, "--prompts", prompts, "--max-new-tokens", 6)
     done = verify("compare", FIXTURES / "tiny_llama", IR, *given, "--expect", "auto")
     assert done.code == 0, done.out + done.err
-    assert "with the cache that is expected (ov-u8)" in done.first_lines[0]
-    assert "note: openvino: its settings say that its cache is ov-u8" in done.out
+    assert "what is expected (float32, ov-u8)" in done.first_lines[0]
+    assert "note: openvino: its settings say that it computes as ov-u8" in done.out
     exact = verify("compare", FIXTURES / "tiny_llama", IR, *given)
     assert exact.code == 1
 

@@ -23,7 +23,8 @@ from tests.verify.handmade import (
     last_logits_decoder,
     repeating_decoder,
 )
-from verify.candidates.ort import OrtCandidate, openvino_libraries
+from verify.candidates.ort import OrtCandidate
+from verify.candidates.ort_session import openvino_libraries
 from verify.errors import NoVerdict
 from verify.export import export_decoder
 

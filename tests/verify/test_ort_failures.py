@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto
 
@@ -13,12 +14,13 @@ from refengine.config import Config
 from refengine.errors import InputError
 from refengine.tokens import left_padded
 from tests.checkpoints import TINY, write_checkpoint
-from tests.verify.handmade import ONE_LAYER, H, K, N, V, repeating_decoder
+from tests.verify.handmade import GROUPED_QUERY, ONE_LAYER, H, K, N, V, grouped_query_decoder, repeating_decoder
 from verify.candidates import Past
 from verify.candidates.explain import explain_failure, in_words
 from verify.candidates.ort import OrtCandidate
 from verify.errors import NoVerdict, RuntimeMissing
 from verify.export import export_decoder
+from verify.runtimes import runtime_named
 
 RUNTIMES = ["ort-cpu", "ort-openvino"]
 CONFIG = Config.from_dict(TINY)
@@ -130,6 +132,31 @@ def test_a_runtime_that_is_not_installed_is_named_with_the_extra_to_install(expo
         OrtCandidate.open(exports["cached"], runtime, {}, CONFIG)
 
 
+@pytest.mark.parametrize("name", ["CUDAExecutionProvider", "DmlExecutionProvider", "Nonsense"])
+def test_a_provider_that_is_not_installed_is_refused_with_those_that_are(exports, name):
+    runtime = f"ort:{name}"
+    with pytest.raises(RuntimeMissing) as caught:
+        runtime_named(runtime)(exports["cached"], runtime, {}, CONFIG)
+    there = ", ".join(onnxruntime.get_available_providers())
+    assert f"{runtime}: the installed onnxruntime {onnxruntime.__version__} has {there}, no {name}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ort:", "ort", "tensorrt", ""])
+def test_a_name_that_no_runtime_can_have_is_refused_with_those_that_can(name):
+    with pytest.raises(InputError, match=r"expected ort-cpu, .* or ort: and a provider .*, found '"):
+        runtime_named(name)
+
+
+def test_an_attribute_that_this_runtime_does_not_know_gives_no_verdict_and_is_named(tmp_path):
+    """As the model builder writes windows for newer releases: the attribute stands at the end of a long message."""
+    model = onnx.load(grouped_query_decoder(tmp_path / "model.onnx"))
+    attention = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
+    attention.attribute.append(onnx.helper.make_attribute("a_cache_of_tomorrow", 1))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(NoVerdict, match=r"ort-cpu cannot open it: .*a_cache_of_tomorrow"):
+        OrtCandidate.open(tmp_path / "model.onnx", "ort-cpu", {}, GROUPED_QUERY)
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -170,9 +197,10 @@ def test_a_head_size_worked_out_from_the_hidden_size_is_recognised():
 
 
 def test_a_message_is_cut_to_one_short_line_and_its_explanation_kept():
-    message = "[ONNXRuntimeError] : 1 : FAIL : Node failed:\n\n Got: 6\n Expected: 2 " + 1000 * "x"
+    message = "[ONNXRuntimeError] : 1 : FAIL : Node failed:\n\n Got: 6\n Expected: 2 " + 1000 * "x" + " the reason"
     line = in_words(message, CONFIG)
     assert line.startswith("Node failed: Got: 6 Expected: 2 xxx")
+    assert "xxx the reason: " in line
     assert "\n" not in line
     assert len(line) < 800
     assert EXPLANATION in line

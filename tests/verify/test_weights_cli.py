@@ -77,7 +77,7 @@ def test_without_the_checkpoint_it_says_what_the_export_is_as_before(small):
     [
         (("{export}", "--json", "-"), "--json: expected MODEL and CANDIDATE"),
         (("{checkpoint}", "{export}", "--runtime", "ort-cpu"), "--runtime: weights are read without a runtime"),
-        (("{checkpoint}", "{checkpoint}"), "no model.onnx"),
+        (("{checkpoint}", "{checkpoint}"), "expected an export"),
         (("{export}", "{export}"), "expected a checkpoint directory or a .gguf file"),
         (("{checkpoint}", "{export}", "--json", "{checkpoint}"), "is a directory"),
     ],

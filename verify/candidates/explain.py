@@ -28,8 +28,9 @@ def in_words(message: str, config: Config | None) -> str:
     explanation = explain_failure(message, config) if config else ""
     for noise in NOISE:
         message = re.sub(noise, "", message)
-    short = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
-    return f"{short}: {explanation}" if explanation else short
+    if len(message) > LONGEST:  # where it happened comes first, and what was wrong last
+        message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
+    return f"{message}: {explanation}" if explanation else message
 
 
 def explain_failure(message: str, config: Config) -> str:

@@ -1,9 +1,10 @@
 """An `.onnx` file read without running it: what it declares and what it holds."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ from verify.candidates.onnx_graph import (
     declared_heads,
     every_node,
     every_tensor,
+    int8_block,
+    product_dtype,
+    stored_dtype,
     weight_totals,
 )
 from verify.errors import RuntimeMissing
@@ -26,7 +30,13 @@ from verify.interface import Declared
 if TYPE_CHECKING:
     import onnx
 
-USUAL_PLACES = ("model.onnx", "onnx/model.onnx")
+FOLDERS = ("", "onnx/")  # the second is where onnx-community keeps every precision of a model
+USUAL_PLACES = tuple(
+    f"{folder}{name}.onnx" for name in ("model", "decoder_model_merged", "decoder_model") for folder in FOLDERS
+)
+# Of one decoder in two files, the one that reads prompts and the one that goes on from their past; what comes after
+# is the precision.
+HALVES = re.compile(r"decoder_(with_past_)?model(?!_merged)(.*\.onnx)")
 GENAI_CONFIG = "genai_config.json"
 
 
@@ -47,6 +57,9 @@ class OnnxFile:
         external_files: the files beside it that hold weights.
         declared_heads: num_attention_heads, where an attention operator says it.
         attention_width: num_attention_heads * head_dim, where the shape of `o_proj` shows it.
+        product_dtype: the float dtype that linear maps compute in, where it is one.
+        int8_block: how many inputs of a product share a scale, where the graph asks for inputs rounded to int8.
+        with_past: the file beside it that goes on from its present, where an older exporter made two.
     """
 
     path: Path
@@ -60,6 +73,9 @@ class OnnxFile:
     external_files: tuple[Path, ...]
     declared_heads: int | None
     attention_width: int | None
+    product_dtype: str | None
+    int8_block: int | None
+    with_past: "OnnxFile | None" = None
 
     def query_heads(self, head_dim: int | None) -> int | None:
         """num_attention_heads, as far as the graph shows it to one who knows the head size."""
@@ -70,12 +86,13 @@ class OnnxFile:
 
     @cached_property
     def sha256(self) -> str:
-        """Fingerprint of the `.onnx` file and then of its external files, in the order of their names."""
-        return sha256_of(self.path, *self.external_files)
+        """Fingerprint of the `.onnx` file, its external files in the order of their names, and those of `with_past`."""
+        halves = [self] if self.with_past is None else [self, self.with_past]
+        return sha256_of(*(file for half in halves for file in (half.path, *half.external_files)))
 
 
 def find_onnx(path: str | Path) -> Path:
-    """The `.onnx` file that a file or an exporter's directory means.
+    """The `.onnx` file that a file or an exporter's directory means; of a decoder in two, the one that reads prompts.
 
     Raises:
         InputError: there is none, or more than one.
@@ -86,18 +103,44 @@ def find_onnx(path: str | Path) -> Path:
     if path.is_file():
         if path.suffix != ".onnx":
             raise InputError(f"{path}: expected an .onnx file, found one called {path.name}")
-        return path
+        return _first_half(path)
     places = [path / place for place in (*_decoder_of_genai_config(path), *USUAL_PLACES)]
     usual = next((place for place in places if place.is_file()), None)
-    others = sorted(path.glob("*.onnx"))
-    if usual is None and len(others) > 1:
-        names = ", ".join(file.name for file in others)
-        raise InputError(f"{path}: found {names} and no model.onnx; give the path of one of them")
-    if usual is None and not others:
+    return usual or _only_one(path)
+
+
+def _only_one(directory: Path) -> Path:
+    """The model in a directory that has none of the usual names."""
+    found = {_first_half(file) for folder in FOLDERS for file in (directory / folder).glob("*.onnx")}
+    if len(found) > 1:
+        names = ", ".join(sorted(file.relative_to(directory).as_posix() for file in found))
+        raise InputError(f"{directory}: found {names} and no model.onnx; give the path of one of them")
+    if not found:
         raise InputError(
-            f"{path}: no model.onnx, no onnx/model.onnx and no {GENAI_CONFIG}; expected an exported ONNX model"
+            f"{directory}: no model.onnx, no onnx/model.onnx and no {GENAI_CONFIG}; expected an exported ONNX model"
         )
-    return usual or others[0]
+    return found.pop()
+
+
+def _first_half(path: Path) -> Path:
+    """The file that reads prompts where this one goes on from them, and otherwise this one."""
+    half = HALVES.fullmatch(path.name)
+    if half is None or not half[1]:
+        return path
+    first = path.with_name(f"decoder_model{half[2]}")
+    if not first.is_file():
+        raise InputError(
+            f"{first}: no such file, although {path.name} beside it only goes on from the past that it gives; "
+            "copy it from where the export was made"
+        )
+    return first
+
+
+def _second_half(path: Path) -> Path | None:
+    """The file beside this one that goes on from the past that this one gives, where there is one."""
+    half = HALVES.fullmatch(path.name)
+    second = path.with_name(f"decoder_with_past_model{half[2]}") if half else path
+    return second if second != path and second.is_file() else None
 
 
 def describe(path: str | Path) -> OnnxFile:
@@ -111,6 +154,12 @@ def describe(path: str | Path) -> OnnxFile:
         RuntimeMissing: the `onnx` package is not installed.
     """
     path = find_onnx(path)
+    second = _second_half(path)
+    file = _described(path)
+    return file if second is None else replace(file, with_past=_described(second))
+
+
+def _described(path: Path) -> OnnxFile:
     onnx = _import_onnx()
     model = parsed(path)
     tensors, nodes = list(every_tensor(model)), list(every_node(model))
@@ -130,6 +179,8 @@ def describe(path: str | Path) -> OnnxFile:
         external_files=external_files(onnx, path, tensors),
         declared_heads=declared_heads(nodes),
         attention_width=attention_width(nodes, shapes),
+        product_dtype=product_dtype(nodes, {tensor.name: stored_dtype(onnx, tensor.data_type) for tensor in tensors}),
+        int8_block=int8_block(nodes),
     )
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 HEADS_ATTRIBUTES = ("num_heads", "q_num_heads")  # of com.microsoft's attention operators, and of ONNX's own
 LINEAR = ("MatMul", "Gemm", "MatMulInteger", "MatMulNBits")
 BETWEEN = ("Transpose", "Cast", "DequantizeLinear", "Identity")  # may stand between a weight and its product
+INT8_ACCURACY = 4  # accuracy_level of MatMulNBits
 BITS: Mapping[str, int] = {
     "int4": 4,
     "uint4": 4,
@@ -65,6 +67,33 @@ def stored_nbytes(onnx: Any, tensor: "TensorProto") -> int:
     return (math.prod(tensor.dims) * BITS.get(dtype.name, 8 * dtype.itemsize) + 7) // 8
 
 
+def constants(model: "ModelProto") -> dict[str, "TensorProto"]:
+    """Every tensor that the graph, its branches or its functions have from the start, by its name."""
+    found = {tensor.name: tensor for graph in every_graph(model) for tensor in graph.initializer}
+    for node in every_node(model):
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.HasField("t"):
+                found[node.output[0]] = attribute.t
+    return found
+
+
+def numbers_of(tensor: "TensorProto", directory: Path) -> np.ndarray:
+    """A tensor's numbers, those in files of the directory too; of fewer than 8 bits they are ml_dtypes'."""
+    import onnx
+
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return onnx.numpy_helper.to_array(tensor)
+    # onnx would keep the bytes in the message, and refuse the links that caches of models are made of.
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    file, start = directory / entries["location"], int(entries.get("offset") or 0)
+    dtype, shape = stored_dtype(onnx, tensor.data_type), tuple(tensor.dims)
+    if dtype.name not in BITS:
+        return np.memmap(file, dtype, "r", start, shape)
+    packed = np.memmap(file, np.uint8, "r", start, (stored_nbytes(onnx, tensor),))
+    message = onnx.TensorProto(data_type=tensor.data_type, dims=shape, raw_data=packed.tobytes())
+    return onnx.numpy_helper.to_array(message)
+
+
 def weight_totals(onnx: Any, tensors: Iterable["TensorProto"]) -> dict[str, WeightTotal]:
     """How much there is by dtype, the largest first."""
     totals: dict[str, WeightTotal] = {}
@@ -91,6 +120,33 @@ def declared_heads(nodes: Iterable["NodeProto"]) -> int | None:
     attributes = (attribute for node in nodes if "Attention" in node.op_type for attribute in node.attribute)
     heads = {attribute.i for attribute in attributes if attribute.name in HEADS_ATTRIBUTES and attribute.i}
     return heads.pop() if len(heads) == 1 else None
+
+
+def int8_block(nodes: Iterable["NodeProto"]) -> int | None:
+    """How many inputs share a scale where products with quantised weights ask for inputs rounded to int8.
+
+    None where none asks, or not all ask for the same. Source: MatMulNBits in onnxruntime 1.24's
+    docs/ContribOperators.md: accuracy_level 4 is int8, in the blocks that the weights have.
+    """
+    asked = set()
+    for node in nodes:
+        if node.op_type == "MatMulNBits":
+            attributes = {attribute.name: attribute.i for attribute in node.attribute}
+            asked.add(attributes.get("block_size") if attributes.get("accuracy_level") == INT8_ACCURACY else None)
+    return asked.pop() if len(asked) == 1 else None
+
+
+def product_dtype(nodes: Iterable["NodeProto"], dtypes: Mapping[str, np.dtype]) -> str | None:
+    """The float dtype that linear maps compute in, as their weights or the scales of those have it; None: several.
+
+    Args:
+        nodes: of the graph.
+        dtypes: of every weight, by its name.
+    """
+    places = {"MatMul": 1, "Gemm": 1, "MatMulNBits": 2}
+    used = [node.input[places[node.op_type]] for node in nodes if node.op_type in places]
+    found = {dtypes[name].name for name in used if name in dtypes}
+    return found.pop() if len(found) == 1 else None
 
 
 def attention_width(nodes: Sequence["NodeProto"], shapes: Mapping[str, tuple[int, ...]]) -> int | None:

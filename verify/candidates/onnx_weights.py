@@ -14,7 +14,7 @@ import numpy as np
 
 from refengine.errors import InputError
 from verify.candidates.onnx_file import parsed
-from verify.candidates.onnx_graph import BITS, every_graph, every_node, stored_dtype
+from verify.candidates.onnx_graph import BITS, constants, every_node, numbers_of, stored_dtype
 from verify.weights.stored import StoredWeight, Values, dequantised, refused_unless_whole, unpacked
 
 if TYPE_CHECKING:
@@ -44,12 +44,7 @@ class _Graph:
 
     def of(self, name: str) -> np.ndarray:
         """A tensor's numbers; of fewer than 8 bits they are ml_dtypes'."""
-        from onnx import TensorProto, numpy_helper
-
-        # onnx keeps the bytes of an external tensor in the message that it is given.
-        message = TensorProto()
-        message.CopyFrom(self.tensors[name])
-        return numpy_helper.to_array(message, str(self.directory))
+        return numbers_of(self.tensors[name], self.directory)
 
     def dtype(self, name: str) -> str:
         """The name of what is stored."""
@@ -111,7 +106,7 @@ def onnx_weights(path: Path) -> Iterator[StoredWeight]:
 
 def _weights(path: Path) -> Iterator[StoredWeight]:
     model = parsed(path)
-    graph = _Graph(_constants(model), _users(model), path.parent)
+    graph = _Graph(constants(model), _users(model), path.parent)
     taken: set[str] = set()
     for node in every_node(model):
         if node.op_type in UNREAD:
@@ -132,15 +127,6 @@ def _weights(path: Path) -> Iterator[StoredWeight]:
 
 def _plain(graph: _Graph, name: str, shape: tuple[int, int]) -> Callable[[], Values]:
     return lambda: Values(graph.of(name).reshape(shape))
-
-
-def _constants(model: "ModelProto") -> dict[str, "TensorProto"]:
-    found = {tensor.name: tensor for graph in every_graph(model) for tensor in graph.initializer}
-    for node in every_node(model):
-        for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.HasField("t"):
-                found[node.output[0]] = attribute.t
-    return found
 
 
 def _users(model: "ModelProto") -> dict[str, list["NodeProto"]]:

@@ -1,6 +1,7 @@
 """Exports on OpenVINO itself: its own IR, stateful or with the past as inputs, and ONNX files that it converts."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from refengine.config import Config
 from refengine.errors import InputError
 from verify.candidates import Past, Settings, Step
 from verify.candidates.explain import in_words
-from verify.candidates.onnx_file import describe
-from verify.candidates.openvino_file import describe_ir, find_ir
+from verify.candidates.onnx_file import OnnxFile, describe
+from verify.candidates.openvino_file import IrFile, describe_ir, find_ir
 from verify.errors import NoVerdict, RuntimeMissing
-from verify.expect import EXACT, Expectation, expectations
+from verify.expect import EXACT, Expectation, expectations, int8_activations, joined
 from verify.feeds import caches, check_logits, feed, next_past
 from verify.interface import Declared, Interface, check_same_model, interface_of
 
@@ -26,6 +27,11 @@ DEFAULTS: Mapping[str, Mapping[str, str]] = {"CPU": {"CPU_RUNTIME_CACHE_CAPACITY
 STATE_NAME = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 CACHE_PRECISIONS = ("KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION")
 GROUP_SIZES = ("KEY_CACHE_GROUP_SIZE", "VALUE_CACHE_GROUP_SIZE")
+ARITHMETICS: Mapping[str, str] = {"bf16": "bfloat16", "f16": "float16"}  # INFERENCE_PRECISION_HINT -> expectation
+INTEGERS = frozenset(["u2", "u3", "u4", "i4", "u6", "u8", "i8"])  # weights may be stored as these
+INTEGER_WEIGHTS = "integer_weights"  # in the settings: which of them are
+NO_GROUP = 2**32  # the group size of "per token" is larger; it is not done on a CPU (2026.4)
+NO_LAYERS = ("Const", "Input", "Output")  # of a compiled model: they compute nothing
 UNREADABLE = ("u4", "u3")  # what such a state reads back as is not what attention reads (2026.4)
 
 
@@ -63,30 +69,17 @@ class OpenVinoCandidate:
             NoVerdict: OpenVINO cannot compile it with these properties.
         """
         openvino = _import_openvino()
-        ir = find_ir(path)
-        file = describe_ir(ir).path if ir else describe(path).path
-        try:
-            # An ONNX file is converted, since reading alone leaves its attention unfused.
-            model = openvino.Core().read_model(file) if ir else openvino.convert_model(file)
-        except RuntimeError as error:
-            raise InputError(f"{file}: OpenVINO cannot read it: {in_words(str(error), config)}") from error
+        file, model = _read(openvino, path, config)
         try:
             inputs, outputs = ([_declared(port) for port in ports] for ports in (model.inputs, model.outputs))
             interface = interface_of(inputs, outputs, is_stateful=bool(model.get_sinks()))
-            check_same_model(interface, config)
+            # Compiled, a stateful model does not say what it keeps; its file does.
+            shown = file.interface if isinstance(file, IrFile) else interface
+            check_same_model(shown, config, file.query_heads(shown.resolved(config).head_dim))
         except InputError as error:
-            raise InputError(f"{file}: {error}") from error
-        device = provider_options.get(DEVICE, "CPU")
-        properties = {**DEFAULTS.get(device, {}), **provider_options}
-        properties.pop(DEVICE, None)
-        try:
-            compiled = openvino.Core().compile_model(model, device, properties)
-            request = compiled.create_infer_request()
-        except RuntimeError as error:
-            raise NoVerdict(f"{file}: openvino cannot compile it: {in_words(str(error), config)}") from error
-        effective = {"openvino": openvino.__version__, **_properties(openvino, compiled)}
-        settings = Settings({DEVICE: device, **properties}, effective)
-        return cls(file, interface.resolved(config), settings, config, request)
+            raise InputError(f"{file.path}: {error}") from error
+        _, request, settings = _compile(openvino, file.path, model, provider_options, config)
+        return cls(file.path, interface.resolved(config), settings, config, request)
 
     @property
     def can_pad_left(self) -> bool:
@@ -100,10 +93,11 @@ class OpenVinoCandidate:
 
     @property
     def expectation(self) -> Expectation:
-        """What its settings say that its cache is."""
+        """What its settings say that it computes in, and that its cache is."""
+        arithmetic = arithmetic_of(self.settings.effective)
         if not self.interface.is_stateful or self.interface.head_dim is None:
-            return EXACT
-        return expectation(self.settings, self.interface.head_dim)
+            return arithmetic
+        return joined(arithmetic, expectation(self.settings, self.interface.head_dim))
 
     def run(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray, past: Past | None = None) -> Step:
         """Feeds new tokens (position -1 is left padding), after `past` if there is one: of a stateful export its last.
@@ -139,10 +133,24 @@ class OpenVinoCandidate:
         return found
 
 
+def arithmetic_of(effective: Mapping[str, Any]) -> Expectation:
+    """What a model compiled with these properties computes in.
+
+    Inputs of products with weights that are stored as integers become int8, in groups.
+    """
+    precision = ARITHMETICS.get(effective.get("INFERENCE_PRECISION_HINT", ""), EXACT.name)
+    group = int(effective.get("DYNAMIC_QUANTIZATION_GROUP_SIZE", 0))
+    if not effective[INTEGER_WEIGHTS] or not 0 < group < NO_GROUP:
+        return expectations()[precision]
+    return joined(expectations()[precision], int8_activations(group))
+
+
 def expectation(settings: Settings, head_dim: int) -> Expectation:
     """The reference with the cache that a stateful attention on a CPU has with these settings."""
     precisions = [settings.effective.get(name) for name in CACHE_PRECISIONS]
     if precisions == ["f16", "f16"]:
+        if settings.effective.get("INFERENCE_PRECISION_HINT") == "bf16":
+            return EXACT  # what is computed in bfloat16 is kept in it
         return expectations()["ov-f16"]
     if settings.requested[DEVICE] != "CPU" or not set(precisions) <= {"u8", "u4"}:
         return EXACT
@@ -159,6 +167,71 @@ def expectation(settings: Settings, head_dim: int) -> Expectation:
     named = next((known for known in expectations().values() if known.scheme == scheme), None)
     keys = f"{precisions[0]} keys{' by channel' if by_channel else ''} in groups of {key_group}"
     return named or Expectation(f"{keys}, {precisions[1]} values in groups of {value_group}", scheme)
+
+
+def compiled_settings(path: Path, provider_options: Mapping[str, str]) -> Settings:
+    """What OpenVINO says of an export that it has compiled, and, under "providers", of which layers it is made then.
+
+    Raises:
+        InputError: the file cannot be used.
+        RuntimeMissing: OpenVINO is not installed.
+        NoVerdict: OpenVINO cannot compile it with these properties.
+    """
+    openvino = _import_openvino()
+    file, model = _read(openvino, path)
+    compiled, _, settings = _compile(openvino, file.path, model, provider_options)
+    layers = Counter(_layer_type(node) for node in compiled.get_runtime_model().get_ops())
+    operators = {name: count for name, count in layers.most_common() if name not in NO_LAYERS}
+    device = settings.requested[DEVICE]
+    ran = {device: {"nodes": sum(operators.values()), "operators": operators}}
+    return Settings(settings.requested, {**settings.effective, "providers": ran})
+
+
+def _layer_type(node: Any) -> str:
+    given = node.get_rt_info()["layerType"]
+    return given if isinstance(given, str) else str(given.astype(str))
+
+
+def _read(openvino: Any, path: str | Path, config: Config | None = None) -> tuple[IrFile | OnnxFile, Any]:
+    ir = find_ir(path)
+    file = describe_ir(ir) if ir else describe(path)
+    try:
+        # An ONNX file is converted, since reading alone leaves its attention unfused.
+        return file, openvino.Core().read_model(file.path) if ir else openvino.convert_model(file.path)
+    except RuntimeError as error:
+        raise InputError(f"{file.path}: OpenVINO cannot read it: {in_words(str(error), config)}") from error
+
+
+def _compile(
+    openvino: Any, file: Path, model: Any, provider_options: Mapping[str, str], config: Config | None = None
+) -> tuple[Any, Any, Settings]:
+    """The compiled model, a request of it, and what it says of itself."""
+    device = provider_options.get(DEVICE, "CPU")
+    properties = {**DEFAULTS.get(device, {}), **provider_options}
+    properties.pop(DEVICE, None)
+    try:
+        compiled = openvino.Core().compile_model(model, device, properties)
+        request = compiled.create_infer_request()
+    except RuntimeError as error:
+        raise NoVerdict(f"{file}: openvino cannot compile it: {in_words(str(error), config)}") from error
+    effective = {
+        "openvino": openvino.__version__,
+        **_properties(openvino, compiled),
+        INTEGER_WEIGHTS: _integer_weights(model),
+    }
+    return compiled, request, Settings({DEVICE: device, **properties}, effective)
+
+
+def _integer_weights(model: Any) -> list[str]:
+    """The types of integer, if any, that matrices are stored as and converted from."""
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+    matrices = [node for node in constants if len(node.get_output_shape(0)) > 1]
+    found = {
+        node.get_element_type().to_string()
+        for node in matrices
+        if any(user.get_node().get_type_name() == "Convert" for user in node.output(0).get_target_inputs())
+    }
+    return sorted(found & INTEGERS)
 
 
 def _import_openvino() -> Any:

@@ -17,6 +17,7 @@ from refengine.errors import InputError
 from verify.weights.stored import StoredWeight, Values, dequantised, refused_unless_whole, unpacked
 
 FLOATS: Mapping[str, type] = {"f64": np.float64, "f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+PLAIN: Mapping[str, type] = {**FLOATS, "i64": np.int64, "i32": np.int32, "u64": np.uint64, "boolean": np.bool_}
 CODES: Mapping[str, tuple[int, int, str]] = {  # element type -> bits, the least code, its usual name
     "u8": (8, 0, "uint8"),
     "i8": (8, -128, "int8"),
@@ -62,7 +63,7 @@ def ir_weights(path: Path) -> Iterator[StoredWeight]:
 
 
 def _weights(path: Path) -> Iterator[StoredWeight]:
-    graph = _graph(path)
+    graph = ir_graph(path)
     for layer, constant in graph.constants.items():
         if constant.dtype in UNREAD:
             raise InputError(f"{path}: {constant.name}: weights stored as {constant.dtype} cannot be read back")
@@ -90,7 +91,8 @@ def _plain(constant: _Constant, shape: tuple[int, int]) -> Callable[[], Values]:
     return lambda: Values(constant.read().reshape(shape))
 
 
-def _graph(path: Path) -> _Graph:
+def ir_graph(path: Path) -> _Graph:
+    """What an IR computes, layer by layer. Raises InputError when it is not whole."""
     types, names, constants, turned = {}, {}, {}, set()
     feeds: dict[str, list[tuple[str, int]]] = defaultdict(list)
     fed: dict[str, dict[int, str]] = defaultdict(dict)
@@ -130,8 +132,8 @@ def _constant(name: str, data: Mapping[str, str], blob: np.ndarray) -> _Constant
 
     def read() -> np.ndarray:
         stored = blob[start : start + size]
-        if dtype in FLOATS:
-            return stored.view(FLOATS[dtype]).reshape(shape)
+        if dtype in PLAIN:
+            return stored.view(PLAIN[dtype]).reshape(shape)
         bits, low, _ = CODES[dtype]
         codes = unpacked(stored, bits)[: prod(shape)].reshape(shape)
         if low == 0:

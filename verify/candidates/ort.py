@@ -1,6 +1,6 @@
 """Exports on ONNX Runtime: on its own CPU provider, on OpenVINO's, or on any other that is installed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,18 +9,24 @@ import numpy as np
 
 from refengine.config import Config
 from refengine.errors import InputError
-from verify.arithmetic import ARITHMETICS
 from verify.candidates import Past, Settings, Step
 from verify.candidates.explain import in_words
 from verify.candidates.onnx_file import OnnxFile, describe
-from verify.candidates.ort_session import CPU, errors, open_session, provider_of, refuse_idle_provider
+from verify.candidates.ort_session import (
+    CPU,
+    OPENVINO,
+    errors,
+    open_session,
+    openvino_precision,
+    provider_of,
+    refuse_idle_provider,
+)
 from verify.errors import NoVerdict
-from verify.expect import EXACT, Expectation, expectations
+from verify.expect import EXACT, Expectation, expectations, int8_activations, joined
 from verify.feeds import caches, check_logits, feed, next_past
 from verify.interface import Interface, check_halves, check_same_model, interface_of
 
 GROUPED_QUERY = "com.microsoft.GroupQueryAttention"
-INT8 = "int8-activations"
 REUSED = "attempting to re-use buffer"  # what a run fails with where declared shapes are not those that come
 
 
@@ -90,9 +96,16 @@ class OrtCandidate:
 
     @property
     def expectation(self) -> Expectation:
-        """What its graph asks of products with quantised weights, which ONNX Runtime's own kernels do."""
-        on_cpu = provider_of(self.runtime)[0] == CPU
-        return expectations()[INT8] if on_cpu and self.file.int8_block == ARITHMETICS[INT8].block else EXACT
+        """What its graph asks for, and of OpenVINO its options.
+
+        A graph may compute in float16, and ask that inputs of products with quantised weights become int8, as ONNX
+        Runtime's own kernels do.
+        """
+        known, provider = expectations(), provider_of(self.runtime)[0]
+        precision = openvino_precision(self.settings.requested) if provider == OPENVINO else None
+        narrow = known[precision or ("float16" if self.file.product_dtype == "float16" else EXACT.name)]
+        block = self.file.int8_block
+        return joined(narrow, int8_activations(block)) if provider == CPU and block else narrow
 
     @property
     def can_pad_left(self) -> bool:
@@ -135,6 +148,45 @@ class OrtCandidate:
     def caches(self, past: Past) -> dict[str, np.ndarray]:
         """Keys and values that the last step gave, `x_BKSH` by trace point."""
         return caches(self.interface, past)
+
+    def reopened(
+        self,
+        source: Path | bytes | None = None,
+        runtime: str | None = None,
+        provider_options: Mapping[str, str] | None = None,
+        *,
+        optimised: bool = True,
+    ) -> "OrtCandidate":
+        """The same export, opened once more as it was, but for what is given.
+
+        Args:
+            source: a copy of its graph, or the bytes of one, whose weights lie beside the export.
+            runtime: another one, with `provider_options`.
+            optimised: whether ONNX Runtime may change the graph.
+
+        Raises:
+            NoVerdict: it is of two graphs, or cannot be opened like that.
+        """
+        if len(self._opened) > 1:
+            raise NoVerdict(f"{self.path}: this decoder is of two graphs, of which neither alone is looked into")
+        options = self.settings.requested if runtime is None else provider_options or {}
+        reuse = "enable_mem_reuse" not in self.settings.effective.get("session", {})
+        session, settings = open_session(
+            self.file,
+            runtime or self.runtime,
+            options,
+            self._config,
+            reuse_memory=reuse,
+            source=source,
+            optimised=optimised,
+        )
+        opened = _Opened(self.file, self.interface, session)
+        return OrtCandidate(runtime or self.runtime, [opened], settings, self._config)
+
+    def with_session(self, wrap: Callable[[Any], Any]) -> "OrtCandidate":
+        """The same with another session around its own."""
+        opened = [replace(one, session=wrap(one.session)) for one in self._opened]
+        return OrtCandidate(self.runtime, opened, self.settings, self._config)
 
     def _may_reuse_memory(self) -> bool:
         """Whether a cached step works, of what is known to fail otherwise.

@@ -1,6 +1,7 @@
 """ONNX Runtime sessions: a provider by name, what it is given, and what it says of itself."""
 
 import importlib.util
+import json
 import os
 import sys
 from collections import Counter
@@ -27,10 +28,12 @@ INSTALL = 'pip install "tokenproof[onnxruntime]"'
 # with SmolLM2 and 8 rows a third of a gigabyte each. What is computed does not depend on it.
 NO_RUNTIME_CACHE = '{"CPU": {"CPU_RUNTIME_CACHE_CAPACITY": "0"}}'
 OLDEST = (1, 24)  # the first that says which provider runs each node
+WEIGHTS_BESIDE = "session.model_external_initializers_file_folder_path"  # of a model that comes as bytes
 RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
-# Of norms in float16 that the CPU is to compute in float32, this optimiser makes a graph that cannot be opened.
-# Source: https://github.com/microsoft/onnxruntime/issues/26717
+# Of norms in float16 that the CPU is to compute in float32, this optimiser of 1.24.1 makes a graph that cannot be
+# opened; that of 1.31.1 does not. Source: https://github.com/microsoft/onnxruntime/issues/26717
 FAILING_FUSION = "SimplifiedLayerNormFusion"
+NARROW_HINTS: Mapping[str, str] = {"bf16": "bfloat16", "f16": "float16"}  # INFERENCE_PRECISION_HINT -> dtype
 ERROR, FATAL = 3, 4  # severities of log messages
 
 
@@ -41,6 +44,8 @@ def open_session(
     config: Config | None = None,
     *,
     reuse_memory: bool = True,
+    source: Path | bytes | None = None,
+    optimised: bool = True,
 ) -> tuple[Any, Settings]:
     """An ONNX Runtime session on a file, and what it says of itself.
 
@@ -53,6 +58,8 @@ def open_session(
         provider_options: passed on unchanged; for OpenVINO `device_type` is CPU unless it is among them.
         config: the checkpoint's, to explain errors by.
         reuse_memory: of intermediate results, as their declared shapes allow it.
+        source: what is opened in the file's place: a copy of its graph, or the bytes of one.
+        optimised: whether ONNX Runtime may change the graph.
 
     Raises:
         InputError: ONNX Runtime finds the file invalid.
@@ -68,15 +75,17 @@ def open_session(
     # A provider that rejects its options says why in the default log and nowhere else.
     onnxruntime.set_default_logger_severity(ERROR)
     changed: dict[str, Any] = {} if reuse_memory else {"enable_mem_reuse": False}
+    if not optimised:
+        changed["graph_optimization_level"] = "disabled"
     providers = [(provider, requested)] if provider == CPU else [(provider, requested), (CPU, {})]
     try:
         try:
-            session = _session(onnxruntime, file.path, providers, changed)
+            session = _session(onnxruntime, source or file.path, file.path.parent, providers, changed)
         except errors() as error:
             if FAILING_FUSION not in str(error):
                 raise
             changed["disabled_optimizers"] = [FAILING_FUSION]
-            session = _session(onnxruntime, file.path, providers, changed)
+            session = _session(onnxruntime, source or file.path, file.path.parent, providers, changed)
     except errors() as error:
         kind = InputError if _is_invalid_file(error) else NoVerdict
         raise kind(f"{file.path}: {runtime} cannot open it: {in_words(str(error), config)}") from error
@@ -88,12 +97,33 @@ def open_session(
     return session, Settings(requested, {**_effective(onnxruntime, session), "session": changed})
 
 
+def session_of(model: bytes) -> Any:
+    """A session of a small model on the CPU provider, which leaves its graph as it is."""
+    onnxruntime = _import_onnxruntime("ort-cpu")
+    return _session(onnxruntime, model, Path(), [(CPU, {})], {"graph_optimization_level": "disabled"})
+
+
 def provider_of(runtime: str) -> tuple[str, Mapping[str, str]]:
     """The provider that a runtime's name means, and its options by default."""
     if runtime in PROVIDERS:
         return PROVIDERS[runtime]
     named = runtime.removeprefix(BY_NAME)
     return named, dict(PROVIDERS.values()).get(named, {})
+
+
+def openvino_precision(requested: Mapping[str, str]) -> str | None:
+    """The narrow float that OpenVINO's provider is told to compute in, if any: it says nothing of what it does.
+
+    On a CPU it computes in float32 unless told otherwise, and where float16 is asked for in bfloat16 if that is faster.
+    """
+    try:
+        told = json.loads(requested.get("load_config", "{}"))
+    except ValueError:
+        return None
+    device = told.get(requested["device_type"], {}) if isinstance(told, dict) else {}
+    hint = device.get("INFERENCE_PRECISION_HINT") if isinstance(device, dict) else None
+    narrow = NARROW_HINTS.get(str(hint))
+    return "bfloat16" if narrow and requested["device_type"] == "CPU" else narrow
 
 
 def refuse_idle_provider(runtime: str, settings: Settings) -> None:
@@ -153,14 +183,24 @@ def _import_onnxruntime(runtime: str) -> Any:
     return onnxruntime
 
 
-def _session(onnxruntime: Any, path: Path, providers: list[tuple[str, Any]], changed: Mapping[str, Any]) -> Any:
+def _session(
+    onnxruntime: Any,
+    source: Path | bytes,
+    directory: Path,
+    providers: list[tuple[str, Any]],
+    changed: Mapping[str, Any],
+) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL  # a failing run raises its text; logging would say it twice
     options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
     options.enable_mem_reuse = changed.get("enable_mem_reuse", True)
+    if "graph_optimization_level" in changed:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if isinstance(source, bytes):
+        options.add_session_config_entry(WEIGHTS_BESIDE, str(directory))
     # Without fallback: otherwise a failing provider is silently replaced by the CPU's.
     return onnxruntime.InferenceSession(
-        path,
+        source,
         options,
         providers=providers,
         enable_fallback=0,

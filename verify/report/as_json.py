@@ -5,20 +5,22 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from verify.report.result import Report
+from verify.report.result import Diagnosis, Report
 
 
 def as_json(report: Report) -> str:
     """The report as a JSON object on lines; numbers that are not finite are the strings "nan", "inf", "-inf"."""
     fields = asdict(report)
+    diagnosed = fields.pop("diagnosed") or asdict(Diagnosis("unexplained"))
     ordered = {
         "schema": fields.pop("schema"),
         "verdict": report.verdict,
         "model": fields.pop("model"),
         "candidate": fields.pop("candidate"),
         "cells": fields.pop("cells"),
-        "location": fields.pop("location"),
+        "location": diagnosed["location"],
         "diagnosis": report.diagnosis,
+        "causes": diagnosed["causes"],
         **fields,
     }
     return json.dumps(_finite(ordered), indent=2, allow_nan=False) + "\n"

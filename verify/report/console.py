@@ -1,13 +1,15 @@
 """The console report: verdict, cause, what to do, then the figures. Plain text when not on a terminal."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from verify.report.result import Cell, Report
+from verify.report.diagnosis import cause_in_words, details, to_do_in_words
+from verify.report.figures import figure
+from verify.report.result import Cell, Judgement, Report
+from verify.report.weights_verdict import cause_in_weights, weights_line
 
 COLOURS: Mapping[str, str] = {"equal": "green", "drift": "yellow", "mismatch": "red", "no-verdict": "magenta"}
 
@@ -24,6 +26,8 @@ def print_report(report: Report, console: Console) -> None:
     console.print()
     for cell in report.cells:
         _print_details(cell, console)
+    for detail in details(report.diagnosed) if report.diagnosed else ():
+        console.print(escape(detail), soft_wrap=True, highlight=False)
     for note in report.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True, highlight=False)
     for hidden in report.not_revealed:
@@ -38,24 +42,35 @@ def print_facts(facts: Sequence[tuple[str, str]], console: Console) -> None:
     console.print(table, highlight=False)
 
 
+def print_explanation(name: str, what: str, sections: Sequence[tuple[str, str]], console: Console) -> None:
+    """Prints a cause's name, what is wrong, and each section beside its heading."""
+    console.print(f"[bold]{escape(name)}[/]: {escape(what)}", highlight=False)
+    print_facts(sections, console)
+
+
 def _verdict(report: Report) -> str:
     if report.verdict == "equal":
         compared = sum(cell.tokens.compared for cell in report.cells if cell.tokens)
         ties = sum(cell.tokens.ties for cell in report.cells if cell.tokens)
         tied = f" ({ties} of them ties within the noise)" if ties else ""
         runs = "1 run" if len(report.cells) == 1 else f"{len(report.cells)} runs"
-        whose = f"all {compared} tokens of {runs} are the checkpoint's{tied}"
+        whose = f"all {compared} tokens of {runs} are {_whose(report)}{tied}"
         if any(cell.noise_ratio is None for cell in report.cells):
             return f"{whose}; how far its logits are off was not recorded"
-        caches = sorted({cell.expect for cell in report.cells} - {"float32"})
-        expected = f", with the cache that is expected ({', '.join(caches)})" if caches else ""
-        return f"{whose}, and the {_judged(report)} are honest float32{expected}"
+        expected = sorted({cell.expect for cell in report.cells})
+        honest = "honest float32" if expected == ["float32"] else f"what is expected ({', '.join(expected)})"
+        return f"{whose}, and the {_judged(report)} are {honest}"
     where = ", ".join(_name(cell, " with cache ") for cell in report.cells if cell.verdict == report.verdict)
     return {
         "drift": f"every token is right, but the {_judged(report)} are further off than float32 explains, on {where}",
         "mismatch": f"tokens differ that float32 noise cannot explain, on {where}",
         "no-verdict": f"the candidate could not be run to the end, on {where}",
     }[report.verdict]
+
+
+def _whose(report: Report) -> str:
+    on_own = any(cell.also and cell.also.weights == "checkpoint" for cell in report.cells)
+    return "what the export's own weights give" if on_own else "the checkpoint's"
 
 
 def _judged(report: Report) -> str:
@@ -70,7 +85,20 @@ def _cause(report: Report) -> str:
     reason = next((cell.reason for cell in report.cells if cell.reason), None)
     if report.verdict == "no-verdict" and reason:
         return reason
-    return "none to look for" if report.diagnosis == "none" else "not known (this release does not search for causes)"
+    if report.is_explained_by_settings:
+        return f"what its own settings say: held against that ({', '.join(_explanations(report))}), it is equal"
+    if report.diagnosis == "none":
+        return "none to look for"
+    if report.diagnosed is not None and report.diagnosed.status != "unexplained":
+        return cause_in_words(report.diagnosed)
+    in_weights = cause_in_weights(report)
+    if in_weights or report.diagnosed is None:
+        return in_weights or "not looked for"
+    return cause_in_words(report.diagnosed)
+
+
+def _explanations(report: Report) -> list[str]:
+    return sorted({cell.explained_by for cell in report.cells if cell.explained_by is not None})
 
 
 def _to_do(report: Report) -> str:
@@ -78,8 +106,17 @@ def _to_do(report: Report) -> str:
         return "nothing"
     if report.verdict == "no-verdict":
         return "put right what the cause names, or compare on another runtime (--runtime)"
+    if report.is_explained_by_settings:
+        return (
+            "nothing where that is meant (--expect auto says so); else export the weights in float32, and ask "
+            "the runtime for it (--provider-option)"
+        )
+    if report.diagnosed is not None and (fix := to_do_in_words(report.diagnosed)) is not None:
+        return fix
     if all(cell.cache == "unknown" for cell in report.cells):
         return "look at the system that decoded this: its weights and dtype, its prompts, and whether it was greedy"
+    if cause_in_weights(report):
+        return "look at the weights first: python -m verify inspect MODEL CANDIDATE"
     on_cpu = [cell.verdict == "equal" for cell in report.cells if cell.runtime == "ort-cpu"]
     if on_cpu and all(on_cpu):
         return "look at the provider and its options: the export is equal on the plain CPU"
@@ -99,10 +136,11 @@ def _print_subject(report: Report, console: Console) -> None:
     lines.add_row(
         "model", f"{escape(report.model.path)} ({report.model.model_type}, sha256 {report.model.sha256[:12]})"
     )
-    lines.add_row(
-        "candidate",
-        f"{escape(report.candidate.path)} ({escape(report.candidate.exporter)}, sha256 {report.candidate.sha256[:12]})",
-    )
+    candidate = report.candidate
+    fingerprint = f", sha256 {candidate.sha256[:12]}" if candidate.sha256 else ""
+    lines.add_row("candidate", f"{escape(candidate.path)} ({escape(candidate.exporter)}{fingerprint})")
+    if report.weights is not None:
+        lines.add_row("weights", weights_line(report.weights))
     lines.add_row("prompts", f"{report.prompts}, {_new_tokens(report)}")
     seconds = sum(cell.seconds.reference for cell in report.cells if cell.seconds)
     timed = any(cell.seconds and cell.seconds.candidate is not None for cell in report.cells)
@@ -143,8 +181,8 @@ def _figures(cell: Cell) -> tuple[str, ...]:
         return tokens, "", "", seconds
     return (
         tokens,
-        f"{_figure(noise.logits)} ({_figure(noise.bound)})",
-        f"{_figure(noise.worst_position.ratio)} ({_figure(noise.position_bound)})",
+        f"{figure(noise.logits)} ({figure(noise.bound)})",
+        f"{figure(noise.worst_position.ratio)} ({figure(noise.position_bound)})",
         seconds,
     )
 
@@ -159,20 +197,34 @@ def _print_details(cell: Cell, console: Console) -> None:
         lines.append(
             f"first mismatch in row {first.row} at step {first.step}: expected token {first.expected}, found "
             f"{first.actual}, "
-            f"which the reference gives {_figure(first.margin)} less"
+            f"which the reference gives {figure(first.margin)} less"
         )
+    if cell.explained_by is not None:
+        lines.append(f"{cell.verdict} explained by {cell.explained_by}: held against that, the same run is equal")
+    if cell.also:
+        lines.append(_also(cell.also))
     lines += _recorded(cell)
     if cell.noise_ratio and cell.noise_ratio.cache:
         point, ratio = max(cell.noise_ratio.cache.items(), key=lambda item: item[1])
-        lines.append(f"of the cache, {point} is noisiest: {_figure(ratio)}")
+        lines.append(f"of the cache, {point} is noisiest: {figure(ratio)}")
         if cell.noise_ratio.cache_beyond and cell.verdict == "equal":
             lines.append(
                 f"the logits are right, but {len(cell.noise_ratio.cache_beyond)} of {len(cell.noise_ratio.cache)} "
                 "present.* outputs are not what this checkpoint keeps; whoever decodes with them goes wrong"
             )
-    lines += _nodes(cell.settings.get("effective", {}).get("providers", {}))
+    lines += _process(cell)
     for line in lines:
         console.print(escape(name + line), soft_wrap=True, highlight=False)
+
+
+def _also(judged: Judgement) -> str:
+    """The judgement that did not make the verdict."""
+    whose = "the export's own weights" if judged.weights == "export" else "the checkpoint's weights"
+    noise = judged.noise_ratio
+    return (
+        f"on {whose}: {judged.verdict}, {judged.tokens.equal}/{judged.tokens.compared} tokens, noise ratio "
+        f"{figure(noise.logits)} (bound {figure(noise.bound)})"
+    )
 
 
 def _recorded(cell: Cell) -> list[str]:
@@ -190,15 +242,17 @@ def _recorded(cell: Cell) -> list[str]:
     return lines
 
 
-def _nodes(providers: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Who ran how many nodes, once for each runtime that says so."""
-    ran = [f"{name} ran {said['nodes']} nodes" for name, said in providers.items() if said["nodes"]]
-    return [", ".join(ran)] if ran else []
-
-
-def _figure(value: float) -> str:
-    """Three significant digits, without an exponent: 0.97, 1.06, 311, 457 000."""
-    if value != value or value in (float("inf"), float("-inf")):
-        return str(value)
-    digits = f"{value:.3g}"
-    return f"{float(digits):,.0f}".replace(",", " ") if abs(value) >= 1000 else digits
+def _process(cell: Cell) -> list[str]:
+    """What a candidate's process did besides: who ran how many nodes, its memory, and what it wrote."""
+    effective = cell.settings.get("effective", {})
+    did = [
+        f"{name} ran {said['nodes']} nodes" for name, said in effective.get("providers", {}).items() if said["nodes"]
+    ]
+    if effective.get("session"):
+        did.append(f"with {', '.join(f'{name}={value}' for name, value in effective['session'].items())}")
+    if cell.peak_memory_bytes is not None:
+        did.append(f"at most {cell.peak_memory_bytes / 1e9:.2f} GB in memory")
+    lines = [", ".join(did)] if did else []
+    if cell.output:
+        lines.append(f"it wrote {len(cell.output)} lines or more, the last: {cell.output[-1]}")
+    return lines

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from verify.report.weights import ExportedWeights
+
 Verdict = Literal["equal", "drift", "mismatch", "no-verdict"]
 SCHEMA = 1
 
@@ -86,6 +88,16 @@ class NoiseRatio:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """A run held against one reference: on the checkpoint's weights, or on those that the export holds."""
+
+    weights: Literal["checkpoint", "export"]
+    verdict: Verdict
+    tokens: Tokens
+    noise_ratio: NoiseRatio
+
+
+@dataclass(frozen=True)
 class LogProbs:
     """Differences of log-probabilities from the reference's, in nats, where a candidate gives those of some tokens."""
 
@@ -123,10 +135,75 @@ class Cell:
     seconds: Seconds | None = None
     reason: str | None = None
     expect: str = "float32"  # what it was held against
+    also: Judgement | None = None  # on the other weights, where the export's are not the checkpoint's
+    explained_by: str | None = None  # another expectation, that of its own settings, under which it is equal
     logprobs: LogProbs | None = None
     differences: tuple[Difference, ...] = ()
     peak_memory_bytes: int | None = None
     output: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The noise ratio of what is to be explained, and what is left of it when the reference has the mistake too."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class CauseFound:
+    """A cause of the catalogue that was tried.
+
+    Attributes:
+        parameters: of the mistake, as `rms_norm_eps` of `norm-eps`.
+        layers: where it is; None: in all of them.
+        noise_ratio: None where the tokens alone were recorded.
+        status: it is the cause (`confirmed`), explains as much as the cause does (`equivalent`), or does not.
+        fix: what puts it right.
+    """
+
+    name: str
+    parameters: Mapping[str, Any]
+    layers: tuple[int, ...] | None
+    noise_ratio: Residual | None
+    status: Literal["confirmed", "equivalent", "ruled-out"]
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a candidate first leaves the noise; None where that is not known.
+
+    Attributes:
+        layer: of the decoder.
+        point: the trace point in it, or that of the whole model.
+        node: of the graph, its operator and the provider that ran it in brackets.
+        rung: of the ladder of blame.
+        detail: position, phase and heads, in words.
+    """
+
+    layer: int | None = None
+    point: str | None = None
+    node: str | None = None
+    rung: str | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known of why a candidate is not equal.
+
+    Attributes:
+        status: `named`: one cause explains all of it, and no other does; `ambiguous`: several do; `unexplained`.
+        causes: those that explain all of it, or else the best that was found, and then what was ruled out.
+        notes: what was not tried, and what would tell several causes apart.
+    """
+
+    status: Literal["named", "ambiguous", "unexplained"]
+    causes: tuple[CauseFound, ...] = ()
+    location: Location | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,6 +231,8 @@ class Report:
     Attributes:
         notes: what the reader has to know of how it was compared (rows fed one by one, an export without a cache).
         not_revealed: what these prompts could not have shown.
+        weights: what became of the checkpoint's in the export; None where that is not known.
+        diagnosed: what was found of the cause of the first cell that is neither equal nor explained by its settings.
     """
 
     model: Model
@@ -163,8 +242,8 @@ class Report:
     cells: tuple[Cell, ...]
     notes: tuple[str, ...] = ()
     not_revealed: tuple[str, ...] = ()
-    location: None = None
-    causes: tuple[()] = ()
+    weights: ExportedWeights | None = None
+    diagnosed: Diagnosis | None = None
     schema: int = field(default=SCHEMA)
 
     @property
@@ -175,9 +254,19 @@ class Report:
         return next(verdict for verdict in order if verdict in verdicts)
 
     @property
-    def diagnosis(self) -> Literal["none", "unexplained"]:
-        """Whether there is something to explain. This release does not look for causes."""
-        return "unexplained" if self.verdict in ("drift", "mismatch") else "none"
+    def diagnosis(self) -> Literal["none", "named", "ambiguous", "unexplained"]:
+        """Whether there is something to explain, and whether it is: by a candidate's own settings, or by a cause."""
+        if self.verdict not in ("drift", "mismatch"):
+            return "none"
+        if self.is_explained_by_settings:
+            return "named"
+        return self.diagnosed.status if self.diagnosed else "unexplained"
+
+    @property
+    def is_explained_by_settings(self) -> bool:
+        """Whether every cell that is not equal would be, held against what its own settings and weights say."""
+        wrong = [cell for cell in self.cells if cell.verdict in ("drift", "mismatch")]
+        return bool(wrong) and all(cell.explained_by is not None for cell in wrong)
 
     @property
     def exit_code(self) -> int:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -54,26 +54,78 @@ class WeightsReport:
     @property
     def counts(self) -> Mapping[Relation, int]:
         """How many tensors have each relation that occurs."""
-        counted = Counter(tensor.relation for tensor in self.tensors)
-        return {relation: counted[relation] for relation in RELATIONS if counted[relation]}
+        return counted(self.tensors)
 
     @property
     def unfaithful(self) -> tuple[TensorRelation, ...]:
-        """The tensors that are not there as exactly as their dtype or bits allow, in an order that computes the same.
-
-        Rotary pairs may be neighbours where they are so in queries and keys alike.
-        """
-        paired = {tensor.name for tensor in self.tensors if tensor.row_order == "rotary pairs"}
-        return tuple(
-            tensor
-            for tensor in self.tensors
-            if tensor.relation not in HARMLESS and not {tensor.name, _partner(tensor.name)} <= paired
-        )
+        """Those that are not as they should be."""
+        return unfaithful(self.tensors)
 
     @property
     def is_faithful(self) -> bool:
         """Whether every tensor is."""
         return not self.unfaithful
+
+
+@dataclass(frozen=True)
+class WeightsCost:
+    """What an export's own weights cost against the checkpoint's: the reference with both, over the same tokens.
+
+    Attributes:
+        tokens: choices compared, after the checkpoint's own tokens.
+        changed: how many of them another token would win.
+        divergence: Kullback-Leibler, of the export's predictions from the checkpoint's, the mean over all positions
+            of prompts and new tokens; in nats.
+        largest_divergence: at the worst position.
+        perplexity: of the checkpoint on the prompts and its new tokens.
+        own_perplexity: of the export's weights on the same.
+    """
+
+    tokens: int
+    changed: int
+    divergence: float
+    largest_divergence: float
+    perplexity: float
+    own_perplexity: float
+
+
+@dataclass(frozen=True)
+class ExportedWeights:
+    """The weights of an export that was compared.
+
+    Attributes:
+        stored_as: the coarsest of what holds its tensors: "float16", "bfloat16", "int8", "int4" or "int2"; "float32"
+            where float32 could do no better.
+        counts: how many tensors have each relation that occurs.
+        unfaithful: the tensors that are not there as exactly as their dtype or bits allow.
+        borrowed: those that the export has no place for; in its own weights the checkpoint's stand for them.
+        cost: what its own weights cost; None where they are the checkpoint's, or not all finite, or where nothing ran.
+    """
+
+    stored_as: str
+    counts: Mapping[Relation, int]
+    unfaithful: tuple[TensorRelation, ...]
+    borrowed: tuple[str, ...]
+    cost: WeightsCost | None = None
+
+
+def counted(tensors: Sequence[TensorRelation]) -> dict[Relation, int]:
+    """How many tensors have each relation that occurs."""
+    found = Counter(tensor.relation for tensor in tensors)
+    return {relation: found[relation] for relation in RELATIONS if found[relation]}
+
+
+def unfaithful(tensors: Sequence[TensorRelation]) -> tuple[TensorRelation, ...]:
+    """The tensors that are not there as exactly as their dtype or bits allow, in an order that computes the same.
+
+    Rotary pairs may be neighbours where they are so in queries and keys alike.
+    """
+    paired = {tensor.name for tensor in tensors if tensor.row_order == "rotary pairs"}
+    return tuple(
+        tensor
+        for tensor in tensors
+        if tensor.relation not in HARMLESS and not {tensor.name, _partner(tensor.name)} <= paired
+    )
 
 
 def _partner(name: str) -> str:

@@ -19,6 +19,7 @@ class Found:
         compared: its numbers there against the checkpoint's.
         rows: of the weight, outputs as rows, in the order of the tensor's.
         outputs: how many there are.
+        in_rows: each row of the weight as it is stored makes one output, rather than each column.
         is_turned: outputs and inputs are swapped, against the way in which the weight is used.
         factor: what the tensor is multiplied by.
     """
@@ -27,6 +28,7 @@ class Found:
     compared: Compared
     rows: np.ndarray
     outputs: int
+    in_rows: bool
     is_turned: bool
     factor: float
 
@@ -50,11 +52,12 @@ def locate(tensor_OI: np.ndarray, weight: StoredWeight, factors: tuple[float, ..
         factors: what an exporter may have multiplied it by, besides 1.
     """
     stored, best = weight.read(), None
-    for values, is_turned in _ways_round(stored, weight, tensor_OI.shape[1]):
+    for in_rows, is_turned in _ways_round(weight, tensor_OI.shape[1]):
+        values = stored if in_rows else stored.transposed()
         for rows in _row_orders(tensor_OI, values):
             for factor in (1.0, *factors):
                 compared = compare_values(tensor_OI, values, rows, factor)
-                found = Found(weight, compared, rows, len(values.values_RC), is_turned, factor)
+                found = Found(weight, compared, rows, len(values.values_RC), in_rows, is_turned, factor)
                 if found.is_faithful:
                     return found
                 if best is None or _merit(found) > _merit(best):
@@ -75,17 +78,17 @@ def _merit(found: Found) -> tuple[bool, int, bool, float]:
     )
 
 
-def _ways_round(stored: Values, weight: StoredWeight, inputs: int) -> Iterator[tuple[Values, bool]]:
-    """The weight with outputs as rows, the way round in which it is used first, and whether it is the other way."""
-    in_rows = weight.outputs_in_rows
-    if stored.values_RC.shape[1] == inputs and in_rows is not False:
-        yield stored, False
-    if stored.values_RC.shape[0] == inputs and in_rows is not True:
-        yield stored.transposed(), False
-    if stored.values_RC.shape[1] == inputs and in_rows is False:
-        yield stored, True
-    if stored.values_RC.shape[0] == inputs and in_rows is True:
-        yield stored.transposed(), True
+def _ways_round(weight: StoredWeight, inputs: int) -> Iterator[tuple[bool, bool]]:
+    """Whether outputs are rows, the way round in which the weight is used first, and whether it is the other way."""
+    rows, columns = weight.shape
+    if columns == inputs and weight.outputs_in_rows is not False:
+        yield True, False
+    if rows == inputs and weight.outputs_in_rows is not True:
+        yield False, False
+    if columns == inputs and weight.outputs_in_rows is False:
+        yield True, True
+    if rows == inputs and weight.outputs_in_rows is True:
+        yield False, True
 
 
 def _row_orders(tensor_OI: np.ndarray, values: Values) -> Iterator[np.ndarray]:

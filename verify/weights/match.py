@@ -22,8 +22,16 @@ from verify.weights.stored import StoredWeight
 PROBES = 8  # rows of a tensor that are looked for when nothing tells where it is
 
 
-def match(checkpoint: Checkpoint, weights: Sequence[StoredWeight]) -> tuple[TensorRelation, ...]:
-    """The relation of every tensor that the configuration names, and of a tied head that has a place of its own.
+@dataclass(frozen=True)
+class Matched:
+    """A tensor of the checkpoint: what became of it, and where it is in the export; None when missing."""
+
+    relation: TensorRelation
+    found: Found | None
+
+
+def match(checkpoint: Checkpoint, weights: Sequence[StoredWeight]) -> tuple[Matched, ...]:
+    """What became of every tensor that the configuration names, and of a tied head that has a place of its own.
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor.
@@ -32,7 +40,7 @@ def match(checkpoint: Checkpoint, weights: Sequence[StoredWeight]) -> tuple[Tens
     shapes = dict(expected_shapes(checkpoint.config))
     if HEAD not in shapes and search.at_home(HEAD, shapes[EMBEDDING]):
         shapes[HEAD] = shapes[EMBEDDING]
-    return tuple(search.relation(name, shape) for name, shape in shapes.items())
+    return tuple(search.matched(name, shape) for name, shape in shapes.items())
 
 
 @dataclass(frozen=True)
@@ -58,26 +66,26 @@ class _Search:
             weight for weight in there if fits(weight, _as_matrix(shape)) and (1 in weight.shape) == (len(shape) == 1)
         ]
 
-    def relation(self, name: str, shape: tuple[int, ...]) -> TensorRelation:
+    def matched(self, name: str, shape: tuple[int, ...]) -> Matched:
         """What became of one tensor; the worst of it where several weights serve its place."""
         tied = name == HEAD and name not in self.checkpoint.names
         tensor_OI = self.checkpoint.tensor(EMBEDDING if tied else name).reshape(_as_matrix(shape))
-        factors = self._factors(name)
+        factors, head_dim = self._factors(name), self.checkpoint.config.head_dim
         found = [locate(tensor_OI, weight, factors) for weight in self.at_home(name, shape)]
         if found:
             worst = min(found, key=lambda one: (one.is_faithful, -one.compared.error))
             if worst.is_faithful:
-                return _described(name, worst, self.checkpoint.config.head_dim)
+                return Matched(_described(name, worst, head_dim), worst)
             elsewhere = self._elsewhere(tensor_OI, self.weights, factors)
             where = f"its numbers are in {elsewhere.weight.name}" if elsewhere and elsewhere.is_faithful else ""
-            return _described(name, worst, self.checkpoint.config.head_dim, where)
+            return Matched(_described(name, worst, head_dim, where), worst)
         likeliest = self._elsewhere(tensor_OI, self._by_place.get(None, []), factors)
         # A weight of zeros would be off by 1: what is further off than that has nothing of the tensor.
         if likeliest is not None and (likeliest.is_faithful or likeliest.compared.error < 1):
-            return _described(name, likeliest, self.checkpoint.config.head_dim)
+            return Matched(_described(name, likeliest, head_dim), likeliest)
         misplaced = self._elsewhere(tensor_OI, self.weights, factors)
         where = f"its numbers are in {misplaced.weight.name} alone" if misplaced and misplaced.is_faithful else ""
-        return TensorRelation(name, "missing", detail=where)
+        return Matched(TensorRelation(name, "missing", detail=where), None)
 
     def _factors(self, name: str) -> tuple[float, ...]:
         """1/sqrt(head_dim) may be in the queries or in the keys, or half of it in each."""

@@ -1,0 +1,62 @@
+"""Mistakes in attention: each is reproduced by its own counterfactual, and by no other one."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.meta.explaining import Subject, trained
+from verify.causes.attention import CAUSES, attention_scale, attention_softcap, sliding_window
+from verify.causes.catalogue import CATALOGUE, name_of
+from verify.export.faults.attention import FAULTS
+from verify.export.faults.writing import Fault
+
+BY_NAME = {fault.name: fault for fault in FAULTS}
+
+
+def first_of(cause: str) -> Fault:
+    return next(fault for fault in FAULTS if fault.cause == cause)
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return trained()
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_fault_is_reproduced_by_its_cause_alone(subject, name, tmp_path):
+    fault = BY_NAME[name]
+    explained = subject.explained(fault, tmp_path)
+    assert explained.before > 3 * subject.bound
+    # Against all of the family once for each cause: the others are the same mistake elsewhere, or a little more of it.
+    in_question = CAUSES if fault is first_of(fault.cause) else [CATALOGUE[fault.cause]]
+    assert explained.reproduced_by(in_question) == [fault.cause]
+
+
+def test_every_cause_has_a_fault_in_all_layers_and_one_in_a_single_one():
+    everywhere = {fault.cause for fault in FAULTS if fault.layers is None}
+    alone = {fault.cause for fault in FAULTS if fault.layers is not None}
+    assert everywhere == alone == {name_of(cause) for cause in CAUSES}
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "parameter", "value"),
+    [
+        ("scores scaled by 0.9", attention_scale, "scale", 0.225),
+        ("soft cap of 5", attention_softcap, "softcap", 5.0),
+        ("window of 7", sliding_window, "window", 7),
+    ],
+)
+def test_a_parameter_is_found_where_the_graph_does_not_tell(subject, name, cause, parameter, value, tmp_path):
+    found = subject.explained(BY_NAME[name], tmp_path).without_constants().searched(cause)
+    assert found.ratio <= subject.bound
+    assert found.mistakes[0].parameters[parameter] == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["scores not scaled", "soft cap of 5", "window of 7"])
+def test_numbers_in_the_graph_tell_the_parameter_and_the_layer_first(subject, name, tmp_path):
+    fault = BY_NAME[f"{name}, layer 6"]
+    explained = subject.explained(fault, tmp_path)
+    anywhere = replace(explained.evidence, suspects=(None,))
+    first = next(iter(CATALOGUE[fault.cause](anywhere)))
+    assert first.layers == {6}
+    assert explained.screen.ratio([first]) <= subject.bound

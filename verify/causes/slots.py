@@ -1,0 +1,147 @@
+"""What can become of a cache: of what is handed on from pass to pass, and of what attention sees of it."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from refengine.ops import Ops
+from verify.causes import Evidence
+from verify.counterfactual import LayerPast, Pasts
+
+
+def first_time(cache: Callable[[Pasts, int], Pasts]) -> Callable[[Pasts, int], Pasts]:
+    """The mistake after the prompts, and none later."""
+    return lambda pasts, step: cache(pasts, step) if step == 1 else pasts
+
+
+def each_time(cache: Callable[[Pasts], Pasts]) -> Callable[[Pasts, int], Pasts]:
+    """The mistake after every pass."""
+    return lambda pasts, step: cache(pasts)
+
+
+def pairs_of_layers(evidence: Evidence) -> Iterator[tuple[int, int]]:
+    """Layers that may have been taken for each other: two that are suspected together, then neighbours."""
+    suspected = [tuple(sorted(layers)) for layers in evidence.suspects if layers is not None]
+    pairs = [(layers[0], layers[1]) for layers in suspected if len(layers) == 2]
+    alone = [layers[0] for layers in suspected if len(layers) == 1]
+    for layer in alone:
+        pairs += [(layer - 1, layer), (layer, layer + 1)]
+    last = evidence.config.num_hidden_layers - 1
+    return (pair for pair in dict.fromkeys(pairs) if pair[0] >= 0 and pair[1] <= last)
+
+
+def swapped(pasts: Pasts, step: int) -> Pasts:
+    """Keys and values exchanged."""
+    return [replace(past, k_BKSH=past.v_BKSH, v_BKSH=past.k_BKSH) for past in pasts]
+
+
+def from_layers(order_L: Sequence[int], pasts: Pasts) -> Pasts:
+    """Each layer finds what this one has left."""
+    return [pasts[layer] for layer in order_L]
+
+
+def keys_first_read_as_pairs(pasts: Pasts) -> Pasts:
+    """A list of all keys, then all values, read as keys and values of one layer after the other."""
+    listed = [past.k_BKSH for past in pasts] + [past.v_BKSH for past in pasts]
+    return [
+        replace(past, k_BKSH=k_BKSH, v_BKSH=v_BKSH)
+        for past, k_BKSH, v_BKSH in zip(pasts, listed[::2], listed[1::2], strict=True)
+    ]
+
+
+def pairs_read_as_keys_first(pasts: Pasts) -> Pasts:
+    """A list of keys and values of one layer after the other, read as all keys, then all values."""
+    listed = [x_BKSH for past in pasts for x_BKSH in (past.k_BKSH, past.v_BKSH)]
+    keys, values = listed[: len(pasts)], listed[len(pasts) :]
+    return [
+        replace(past, k_BKSH=k_BKSH, v_BKSH=v_BKSH) for past, k_BKSH, v_BKSH in zip(pasts, keys, values, strict=True)
+    ]
+
+
+def seeing(seen: Callable[[np.ndarray, int], np.ndarray], right: Ops) -> Ops:
+    """Attention that sees other slots: `seen` makes their positions of all positions and the number of new tokens."""
+
+    def attend(
+        q_BTNH: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        positions_BT: np.ndarray,
+        positions_BS: np.ndarray,
+        window: int | None,
+    ) -> np.ndarray:
+        return right.attend(q_BTNH, k, v, positions_BT, seen(positions_BS, positions_BT.shape[1]), window)
+
+    return replace(right, attend=attend)
+
+
+def newest_alone(positions_BS: np.ndarray, new: int) -> np.ndarray:
+    """Nothing of the past is seen."""
+    return without(positions_BS, slice(0, positions_BS.shape[1] - new))
+
+
+def without(positions_BS: np.ndarray, slots: slice) -> np.ndarray:
+    """As if these slots were padding."""
+    positions_BS = positions_BS.copy()
+    positions_BS[:, slots] = -1
+    return positions_BS
+
+
+def kept(past: LayerPast, slots: slice) -> LayerPast:
+    """These slots alone."""
+    return LayerPast(past.k_BKSH[:, :, slots], past.v_BKSH[:, :, slots], past.positions_BS[:, slots])
+
+
+def seeing_zeros(empty: Callable[[int], int], right: Ops) -> Ops:
+    """Attention to empty slots too, whose keys and values are zero: so many, where so many hold something.
+
+    They stand for one slot, which weighs as much as all of them: in a dimension of its own, where queries have 1.
+    """
+
+    def attend(
+        q_BTNH: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        positions_BT: np.ndarray,
+        positions_BS: np.ndarray,
+        window: int | None,
+    ) -> np.ndarray:
+        slots, head_dim = empty(positions_BS.shape[1]), q_BTNH.shape[-1]
+        if slots < 1:
+            return right.attend(q_BTNH, k, v, positions_BT, positions_BS, window)
+        # Scores are divided by the root of the last axis, which is longer by one.
+        longer = q_BTNH.dtype.type(((head_dim + 1) / head_dim) ** 0.5)
+        q_BTNH = np.concatenate([q_BTNH * longer, np.ones_like(q_BTNH[..., :1])], axis=-1)
+        k_BKSH, v_BKSH = (np.pad(np.asarray(x), ((0, 0), (0, 0), (0, 1), (0, 1))) for x in (k, v))
+        k_BKSH[:, :, -1, -1] = math.log(slots) * (head_dim + 1) ** 0.5
+        # A token at position 0 is seen by all.
+        positions_BS = np.pad(positions_BS, ((0, 0), (0, 1)))
+        return right.attend(q_BTNH, k_BKSH, v_BKSH, positions_BT, positions_BS, window)[..., :head_dim]
+
+    return replace(right, attend=attend)
+
+
+def caching_unrotated(heads: int, only_new: bool, right: Ops) -> Ops:
+    """Keys go to the cache as they are; attention rotates the newest of them, or all by the newest position.
+
+    Args:
+        heads: of the queries, which come first where both are rotated.
+    """
+    table: list[np.ndarray] = []  # of this layer's pass: the operators are made anew for each
+
+    def rotate(x_BTMH: np.ndarray, cos_BTP: np.ndarray, sin_BTP: np.ndarray) -> np.ndarray:
+        table[:] = cos_BTP, sin_BTP
+        return np.concatenate([right.rotate(x_BTMH[:, :, :heads], cos_BTP, sin_BTP), x_BTMH[:, :, heads:]], axis=2)
+
+    def attend(q_BTNH: np.ndarray, k: np.ndarray, *others: object) -> np.ndarray:
+        new = q_BTNH.shape[1]
+        k_BSKH = np.asarray(k).swapaxes(1, 2)
+        past, newest = np.split(k_BSKH, [k_BSKH.shape[1] - new], axis=1)
+        rotated = [right.rotate(newest, *table)]
+        if past.shape[1]:
+            last = [x_BTP[:, -1:] for x_BTP in table]
+            rotated.insert(0, past if only_new else right.rotate(past, *last))
+        return right.attend(q_BTNH, np.concatenate(rotated, axis=1).swapaxes(1, 2), *others)
+
+    return replace(right, rotate=rotate, attend=attend)

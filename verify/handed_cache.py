@@ -1,0 +1,58 @@
+"""A cache as an export's past is: what a pass leaves is handed to the next one, by somebody who may mistake it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from refengine.kvcache import Cache
+from verify.counterfactual import LayerPast, Mistakes, Pasts
+
+
+class HandedCache:
+    """Keys and values of every layer, each layer's with positions of its own, for a batch of rows.
+
+    Args:
+        coded: what new vectors are read back from; `NO_CACHE` leaves them as they are.
+        pasts: of each layer, what is there already; None: nothing.
+    """
+
+    def __init__(self, coded: Cache, pasts: Sequence[LayerPast | None]):
+        self._coded = coded
+        self._pasts = list(pasts)
+
+    @property
+    def pasts(self) -> Pasts:
+        """Of each layer, what the passes so far have left."""
+        return [past for past in self._pasts if past is not None]
+
+    def hand_over(self, step: int, mistakes: Mistakes) -> None:
+        """What is there becomes what pass `step` finds, with these mistakes in their layers."""
+        for mistake in mistakes:
+            mistaken = mistake.cache(self.pasts, step)
+            self._pasts = [
+                wrong if mistake.is_in(layer) else right
+                for layer, (right, wrong) in enumerate(zip(self._pasts, mistaken, strict=True))
+            ]
+
+    def update(
+        self, layer: int, k_BKTH: np.ndarray, v_BKTH: np.ndarray, positions_BT: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As of any cache."""
+        k_BKSH, v_BKSH, _ = self._coded.update(layer, k_BKTH, v_BKTH, positions_BT)
+        new = -positions_BT.shape[1]
+        made = LayerPast(np.asarray(k_BKSH[:, :, new:]), np.asarray(v_BKSH[:, :, new:]), positions_BT)
+        past = self._pasts[layer]
+        if past is not None:
+            made = LayerPast(
+                np.concatenate([past.k_BKSH, made.k_BKSH], axis=2),
+                np.concatenate([past.v_BKSH, made.v_BKSH], axis=2),
+                np.concatenate([past.positions_BS, made.positions_BS], axis=1),
+            )
+        self._pasts[layer] = made
+        return made.k_BKSH, made.v_BKSH, made.positions_BS
+
+
+def seen_by_all(pasts: Pasts) -> Pasts:
+    """The same, so that every later token sees it, whatever its position: it stands in front of them all."""
+    return [replace(past, positions_BS=np.minimum(past.positions_BS, 0)) for past in pasts]

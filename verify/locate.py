@@ -1,0 +1,169 @@
+"""Where a candidate first goes wrong: the layer, the trace point, the node of its graph.
+
+What a run gives for nothing comes first: its keys and values. Then the residual stream, from a copy of the graph that
+gives it, tells which parts bring an error in and which only carry it on, each part held against its own input. Then
+everything inside the first of those is looked at, and right values are followed until they end.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from refengine.checkpoint import Checkpoint
+from refengine.errors import InputError
+from verify.as_if import Passes
+from verify.candidates.trace_onnx import read_flow
+from verify.contestant import Contestant
+from verify.drive import CandidateRun
+from verify.errors import NoVerdict
+from verify.expect import EXACT, Expectation
+from verify.locating.flow import Flow
+from verify.locating.free_taps import Suspects, Tap, free_taps, suspects
+from verify.locating.introduced import Arithmetics, Part, parts, wrong_parts
+from verify.locating.ladder import Rung, blamed, ladder, noise_ratio
+from verify.locating.repro import write_repro
+from verify.locating.sample import Streams, sample_of
+from verify.locating.tracer import Location, Tracer, inside_part
+from verify.locating.walk import Shown
+from verify.reference import Reference, ReferenceRun
+
+__all__ = [
+    "Located",
+    "Location",
+    "Rung",
+    "Suspects",
+    "Tap",
+    "blamed",
+    "free_taps",
+    "ladder",
+    "locate",
+    "suspects",
+    "write_repro",
+]
+
+OnProgress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Located:
+    """What was found out of where a candidate goes wrong.
+
+    Attributes:
+        first: the first place; None where none was found.
+        layers: those that bring an error in by themselves; empty where that is not known.
+        suspects: sets of layers that a mistake may be in, the likeliest first; None is all of them.
+        parts: how far each part of the model is from what it should make of its own input.
+        vanishes: the run is right as soon as the graph gives more of its tensors.
+        notes: what could not be looked at, and why.
+        shown: a few nodes in which the mistake shows, for `write_repro`.
+    """
+
+    first: Location | None
+    layers: tuple[int, ...] = ()
+    suspects: Suspects = (None,)
+    parts: tuple[Part, ...] = ()
+    vanishes: bool = False
+    notes: tuple[str, ...] = ()
+    shown: Shown | None = None
+
+
+def locate(
+    checkpoint: Checkpoint,
+    contestant: Contestant,
+    run: CandidateRun,
+    reference: ReferenceRun,
+    passes: Passes,
+    expectation: Expectation = EXACT,
+    on_progress: OnProgress = lambda what: None,
+) -> Located:
+    """Finds where a candidate goes wrong.
+
+    Args:
+        checkpoint: whose weights the reference has: the model's, or those that the export holds.
+        contestant: the candidate, open.
+        run: its run in which it was fed the reference's tokens.
+        reference: the run that it was held against.
+        passes: that `run` was made in.
+        expectation: what the reference was run with.
+    """
+    head_dim = checkpoint.config.head_dim
+    free = _from_taps(free_taps(run, reference, head_dim), suspects(run, reference), reference)
+    sample = sample_of(passes, run, reference)
+    engine = Reference(checkpoint, on_progress, expectation.scheme, expectation.arithmetic)
+    on_progress("reading the graph")
+    try:
+        tracer = Tracer(contestant, sample, read_graph(contestant))
+        on_progress("the residual stream of the candidate")
+        traced = tracer.stream()
+    except (NoVerdict, InputError) as error:
+        return replace(free, notes=(f"the graph could not be looked into: {error}",))
+    if not tracer.flow.sums:
+        why = _why_untraced(tracer.flow)
+        return replace(free, notes=(f"the residual stream was not found in the graph{why}",))
+    bound, logits = reference.logits.noise.overall_bound, [run.logits[row] for row in sample.rows]
+    is_wrong = not noise_ratio(logits, reference, sample.rows) <= bound
+    vanishes = is_wrong and noise_ratio(traced.run.logits, reference, sample.rows) <= bound
+    on_progress("each part of the model on the candidate's own input")
+    arithmetics = Arithmetics.of(engine, int((sample.positions_BT >= 0).sum()))
+    found = tuple(parts(tracer.flow, Streams(sample, traced), arithmetics))
+    beyond = wrong_parts(found, is_wrong)
+    layers = tuple(sorted({part.layer for part in beyond if part.layer is not None}))
+    located = replace(
+        free,
+        parts=found,
+        layers=layers,
+        vanishes=vanishes,
+        notes=_notes(tracer.flow, checkpoint.config.num_hidden_layers),
+    )
+    if not beyond:
+        why = "traced, every part of the model is right" if vanishes else "no part of the model is wrong by itself"
+        return replace(located, notes=(*located.notes, why))
+    located = replace(located, suspects=_suspects(beyond, layers, checkpoint.config.num_hidden_layers))
+    on_progress("inside the part that is wrong")
+    first, shown = inside_part(tracer, arithmetics, beyond[0], traced)
+    return replace(located, first=first, shown=shown)
+
+
+def read_graph(contestant: Contestant) -> Flow:
+    """The candidate's graph. Raises NoVerdict when its runtime cannot be asked for more than it gives."""
+    if not contestant.runtime.startswith("ort"):
+        raise NoVerdict(f"{contestant.runtime} gives nothing but its results")
+    return read_flow(contestant.path)
+
+
+def _suspects(beyond: Sequence[Part], layers: Sequence[int], count: int) -> Suspects:
+    """From the layers that bring an error in."""
+    if len(layers) == count:
+        return (None, frozenset({layers[0]}))
+    if not layers:
+        return (None,)
+    together = [frozenset(layers)] if len(layers) > 1 else []
+    return (*together, frozenset({layers[0]}), None)
+
+
+def _from_taps(taps: Sequence[Tap], suspected: Suspects, reference: ReferenceRun) -> Located:
+    """As far as keys and values alone tell it."""
+    tap = next((tap for tap in taps if tap.is_beyond), None)
+    if tap is None:
+        return Located(None, suspects=suspected)
+    step = tap.position - len(reference.prompts[tap.row]) + 1
+    phase = "prefill" if step <= 0 else f"decode step {step}"
+    point = tap.point.split(".", 2)[2]
+    heads = tap.heads
+    return Located(
+        Location(tap.layer, point, row=tap.row, position=tap.position, phase=phase, heads=heads), suspects=suspected
+    )
+
+
+def _why_untraced(flow: Flow) -> str:
+    branches = sorted({node.operator for node in flow.nodes if node.has_branches})
+    return f", which has branches ({', '.join(branches)})" if branches else ""
+
+
+def _notes(flow: Flow, layers: int) -> tuple[str, ...]:
+    found, expected = len(flow.sums), 2 * layers
+    if found == expected:
+        return ()
+    return (
+        f"the residual stream: expected {expected} additions to it in the graph, found {found}; layers are counted by "
+        "them, so what is said of layers behind the first that is wrong may be of others",
+    )
