@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -39,6 +39,7 @@ class _Search:
     ends: float
     on_step: Callable[[], None]
     tried: list[Tried] = field(default_factory=list)
+    begun: set[tuple] = field(default_factory=set)
     not_tried: dict[str, None] = field(default_factory=dict)
 
     def go(self, causes: Iterable[Cause], evidence: Evidence, beside: Mistakes = ()) -> None:
@@ -47,10 +48,10 @@ class _Search:
         for one in itertools.chain.from_iterable(cause(evidence) for cause in causes):
             if isinstance(one, Family):
                 searches.append(one)
-            elif isinstance(one, Counterfactual) and self._has_time_for(one):  # of units, see `--expect`
+            elif isinstance(one, Counterfactual) and self._is_to_try(one, beside):  # of units, see `--expect`
                 self._try(self.screen.tried, *beside, one)
         for family in () if self.promising else searches:
-            if self._has_time_for(family.make(family.low)):
+            if self._is_to_try(family.make(family.low), beside):
                 self._try(self.screen.best_of, family, beside)
 
     @property
@@ -63,11 +64,16 @@ class _Search:
         self.tried.append(run(*arguments))
         self.on_step()
 
-    def _has_time_for(self, one: Counterfactual) -> bool:
-        if time.monotonic() <= self.ends:
-            return True
-        self.not_tried[one.cause] = None
-        return False
+    def _is_to_try(self, one: Counterfactual, beside: Mistakes) -> bool:
+        """Whether there is time for it, and it was not tried before."""
+        key = tuple((each.cause, str(each.parameters), each.layers) for each in (*beside, one))
+        if key in self.begun:
+            return False
+        if time.monotonic() > self.ends:
+            self.not_tried[one.cause] = None
+            return False
+        self.begun.add(key)
+        return True
 
 
 def diagnose(
@@ -78,6 +84,7 @@ def diagnose(
     evidence: Evidence,
     causes: Mapping[str, Cause],
     *,
+    likely: Collection[str] = (),
     seconds: float,
     on_step: Callable[[], None] = lambda: None,
 ) -> Diagnosis:
@@ -89,7 +96,9 @@ def diagnose(
         run: what it gave when it was fed the reference's tokens.
         reference: of the same tokens, with the noise by which the candidate is judged.
         evidence: by which causes choose what to yield.
-        causes: of the catalogue, by name, in the order in which they are tried.
+        causes: of the catalogue, by name.
+        likely: names of those that can be at the place where the candidate first goes wrong; where one of them explains
+            it, others are not tried, nor other layers than the first ones that are suspected.
         seconds: after which nothing new is begun.
         on_step: told of every counterfactual.
     """
@@ -100,7 +109,9 @@ def diagnose(
     before = screen.ratio(())
     # What a cache does shows after the prompts only.
     alone = evidence if _prompts_are_right(run, reference) else replace(evidence, use_cache=False)
-    search.go(causes.values(), alone)
+    search.go([causes[name] for name in likely], replace(alone, suspects=alone.suspects[:1]))
+    if not search.promising:
+        search.go(causes.values(), alone)
     if not search.promising:
         _try_pairs(search, causes, evidence, before)
     confirmed, whole = _confirmed(checkpoint, screen.weights, passes, run, reference, search.promising)

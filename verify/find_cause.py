@@ -12,6 +12,7 @@ from refengine.checkpoint import Checkpoint
 from verify.as_if import Passes
 from verify.causes import Evidence
 from verify.causes.catalogue import CATALOGUE
+from verify.causes.footprint import likely_at
 from verify.causes.pages import fix
 from verify.compare import Progress, Unequal
 from verify.contestant import Contestant
@@ -76,7 +77,10 @@ def find_cause(
     )
     progress.begin("looking for the cause", None)
     step = partial(progress.advance, 1)
-    found = diagnose(right, passes, run, reference, evidence, CATALOGUE, seconds=seconds, on_step=step)
+    likely = likely_at(located.first.point) if located.layers and located.first else ()
+    found = diagnose(
+        *(right, passes, run, reference, evidence, CATALOGUE), likely=likely, seconds=seconds, on_step=step
+    )
     causes = tuple(replace(cause, fix=fix(cause.name)) for cause in found.causes)
     notes = [*_climbed(rungs), *notes, *found.notes]
     return replace(found, causes=causes, location=_location(located, rungs), notes=tuple(notes))

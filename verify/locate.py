@@ -41,6 +41,8 @@ __all__ = [
 ]
 
 OnProgress = Callable[[str], None]
+HALVES = ("self_attn", "mlp")  # of a layer, as the names of trace points begin
+FEW = 3  # layers that are suspected one by one
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,13 @@ def read_graph(contestant: Contestant) -> Flow:
 
 
 def _suspects(beyond: Sequence[Part], layers: Sequence[int], count: int) -> Suspects:
-    """From the layers that bring an error in."""
-    if len(layers) == count:
-        return (None, frozenset({layers[0]}))
-    if not layers:
-        return (None,)
-    together = [frozenset(layers)] if len(layers) > 1 else []
-    return (*together, frozenset({layers[0]}), None)
+    """From the parts that bring an error in: two mistakes may be in other layers, or in other halves of them."""
+    halves = [
+        [part.layer for part in beyond if part.layer is not None and part.point.startswith(half)] for half in HALVES
+    ]
+    few = [[layer] for layer in (layers if len(layers) <= FEW else layers[:1])]
+    found = [frozenset(each) for each in (layers, *halves, *few) if each]
+    return tuple(dict.fromkeys([*(None if len(each) == count else each for each in found), None]))
 
 
 def _from_taps(taps: Sequence[Tap], suspected: Suspects, reference: ReferenceRun) -> Located:

@@ -85,7 +85,8 @@ class Corpus:
     def row(self, kind: Kind, fault: Fault) -> Row:
         """Writes an export that has a fault, and finds out what can be found."""
         causes = tuple(cause for cause in (fault.cause, fault.beside) if cause is not None)
-        layers = None if fault.layers is None else tuple(sorted(fault.layers))
+        last_norm = self.checkpoint.config.num_hidden_layers  # as a fault counts it
+        layers = None if fault.layers is None else tuple(sorted(fault.layers - {last_norm}))
         if "ten layers" in fault.needs:
             layers = FIRST_OUT_OF_ORDER
         row = Row(fault.name, kind, causes, layers)
