@@ -1,5 +1,6 @@
 """What an export is, for `python -m verify inspect`."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from verify.interface import Declared, Interface, interface_of
 from verify.report.weights import WeightsReport
 from verify.weights.exported import ExportedCheckpoint
 from verify.weights.match import match
+from verify.workers.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ def inspect(
         interface = file.interface if isinstance(file, IrFile) else interface_of(file.inputs, file.outputs)
     except InputError as error:
         why_not = str(error)
-    settings = None if runtime is None else _opened(file, runtime, provider_options or {})
+    settings = None
+    if runtime is not None:
+        with Worker(_opened, file, runtime, provider_options or {}) as worker:  # which may crash
+            settings = worker.call(copy.copy)
     query_heads = file.query_heads(interface.head_dim if interface else None)
     return Inspection(file, interface, why_not, query_heads, runtime, settings)
 

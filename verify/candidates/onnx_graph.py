@@ -144,7 +144,7 @@ def product_dtype(nodes: Iterable["NodeProto"], dtypes: Mapping[str, np.dtype]) 
         dtypes: of every weight, by its name.
     """
     places = {"MatMul": 1, "Gemm": 1, "MatMulNBits": 2}
-    used = [node.input[places[node.op_type]] for node in nodes if node.op_type in places]
+    used = [name for node in nodes if node.op_type in places for name in node.input[places[node.op_type] :][:1]]
     found = {dtypes[name].name for name in used if name in dtypes}
     return found.pop() if len(found) == 1 else None
 

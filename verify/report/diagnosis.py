@@ -49,7 +49,7 @@ def _named(cause: CauseFound) -> str:
 
 
 def _value(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return "none" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _numbers(layers: tuple[int, ...]) -> str:
