@@ -12,6 +12,7 @@ from refengine.checkpoint import Checkpoint
 from refengine.weights import Weights
 from verify.as_if import Passes
 from verify.causes import Cause, Evidence, Family
+from verify.causes.footprint import AFTER_PROMPTS
 from verify.counterfactual import Counterfactual
 from verify.drive import CandidateRun
 from verify.noise import rms
@@ -26,7 +27,8 @@ PAIRED = 4  # the best single causes, each of which is tried with every other on
 # What is left by another cause that explains as much, times what the best one leaves; the noise in both is the same.
 AS_WELL = 1.2
 EXPLAINED = 1 / 3  # of the ratio: what a cause may leave; of a small effect a part can be had by chance
-HELPS = 0.7  # a cause that leaves more than this of the ratio explains nothing of it
+HELPS = 0.97  # a cause that leaves more than this of the ratio explains nothing of it
+ANY_TENSOR = "weights-changed"
 Mistakes = tuple[Counterfactual, ...]
 
 
@@ -107,11 +109,13 @@ def diagnose(
     screen = Screen(open_weights(checkpoint, np.float32), passes, run, reference, rows)
     search = _Search(screen, reference.logits.noise.overall_bound, ends, on_step)
     before = screen.ratio(())
-    # What a cache does shows after the prompts only.
-    alone = evidence if _prompts_are_right(run, reference) else replace(evidence, use_cache=False)
-    search.go([causes[name] for name in likely], replace(alone, suspects=alone.suspects[:1]))
+    possible = causes
+    if not _prompts_are_right(run, reference):
+        possible = {name: cause for name, cause in causes.items() if name not in AFTER_PROMPTS}
+    there = [cause for name, cause in possible.items() if name in likely]
+    search.go(there, replace(evidence, suspects=evidence.suspects[:1]))
     if not search.promising:
-        search.go(causes.values(), alone)
+        search.go(possible.values(), evidence)
     if not search.promising:
         _try_pairs(search, causes, evidence, before)
     confirmed, whole = _confirmed(checkpoint, screen.weights, passes, run, reference, search.promising)
@@ -187,11 +191,13 @@ def _diagnosis(confirmed: Sequence[Tried], search: _Search, before: float, whole
     ]
     if not confirmed:
         return Diagnosis("unexplained", tuple(ruled_out), notes=tuple(notes))
-    first, *others = confirmed
+    # The export's own tensor explains whatever is wrong with it: what else does says more.
+    first, *others = sorted(confirmed, key=lambda each: any(one.cause == ANY_TENSOR for one in each.mistakes))
     found = [*_found(first, whole, "confirmed")]
     for each in others:
         found += _found(each, whole, "equivalent")
-    return Diagnosis("ambiguous" if others else "named", (*found, *ruled_out), notes=tuple(notes))
+    specific = [each for each in others if all(one.cause != ANY_TENSOR for one in each.mistakes)]
+    return Diagnosis("ambiguous" if specific else "named", (*found, *ruled_out), notes=tuple(notes))
 
 
 def _found(

@@ -6,8 +6,6 @@ from pathlib import Path
 import onnx
 from onnx import NodeProto, numpy_helper
 
-FURTHEST = 2  # readers: a step that is left out shows where its result is used, behind the mask that is added
-
 
 def blamable(clean: Path, faulty: Path) -> frozenset[str]:
     """Nodes by which a fault may be called: those that are other than in the right export, and who reads their results.
@@ -17,9 +15,8 @@ def blamable(clean: Path, faulty: Path) -> frozenset[str]:
     right, wrong = onnx.load(clean), onnx.load(faulty)
     before = _computed(right)
     blamed = {name for name, computed in _computed(wrong).items() if before.get(name) != computed}
-    for _ in range(FURTHEST if blamed else 0):
-        made = {output for node in wrong.graph.node if name_of(node) in blamed for output in node.output}
-        blamed |= {name_of(node) for node in wrong.graph.node if made & set(node.input)}
+    made = {output for node in wrong.graph.node if name_of(node) in blamed for output in node.output}
+    blamed |= {name_of(node) for node in wrong.graph.node if made & set(node.input)}
     return frozenset(blamed)
 
 

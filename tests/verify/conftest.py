@@ -1,5 +1,6 @@
 """What the tests of verify share: the trained model, prompts of it, and the reference's run of them."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,15 @@ from tests.checkpoints import write_checkpoint
 from tests.verify.commands import Small
 from tests.verify.comparing import Compared
 from verify.export import export_decoder
+
+# Runtimes that share no environment with the others: `python -m tests.runtime_environments` runs these tests.
+ELSEWHERE = {
+    "test_genai.py": "onnxruntime_genai",
+    "test_transformers.py": "torch",
+    "test_llama_cpp.py": "llama_cpp",
+    "test_openai_live.py": "llama_cpp",
+}
+collect_ignore = [file for file, package in ELSEWHERE.items() if find_spec(package) is None]
 
 TINY_LLAMA = Path(__file__).parents[2] / "fixtures" / "tiny_llama"
 # Of different lengths, all but one longer than the shortest window tried, and after other first tokens.

@@ -138,9 +138,11 @@ def test_a_package_that_is_not_installed_is_named_with_the_extra_to_install(tiny
 
 
 def test_inspect_refuses_what_is_no_export_and_names_what_is_missing(small, tmp_path):
-    assert_refused(verify("inspect", small.checkpoint), "no model.onnx, no onnx/model.onnx")
+    assert_refused(verify("inspect", small.checkpoint), "expected an export", "found a checkpoint")
     assert_refused(verify("inspect", tmp_path / "gone"), "gone: no such file or directory")
-    done = verify_elsewhere("inspect", small.export, "--runtime", "ort-cpu", before="sys.modules['onnxruntime'] = None")
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('not here')", encoding="utf-8")
+    hidden = f"sys.path.insert(0, {str(tmp_path)!r})"  # for the process that it starts too
+    done = verify_elsewhere("inspect", small.export, "--runtime", "ort-cpu", before=hidden)
     assert_refused(done, "onnxruntime cannot be imported", 'pip install "tokenproof[onnxruntime]"', code=3)
 
 

@@ -1,6 +1,6 @@
 """Which causes can be at the place where a candidate first goes wrong, its inputs there being right."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from verify.causes.catalogue import CATALOGUE
 
@@ -12,6 +12,10 @@ FOOTPRINTS: Mapping[str, tuple[str, ...]] = {
     "cache": ("self_attn.k_cache", "self_attn.v_cache", "self_attn.attend"),
     "norm_mlp": ("input_layernorm", "post_attention_layernorm", "norm", "mlp."),
     "weights": ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm", "self_attn.", "mlp."),
+}
+# Shown by steps after the prompts alone; a buffer's empty slots are there in the prompts too.
+AFTER_PROMPTS: Collection[str] = {name for name in CATALOGUE if name.startswith("cache-")} - {
+    "cache-capacity-as-length"
 }
 
 

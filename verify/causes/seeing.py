@@ -84,7 +84,9 @@ def heads_reordered(order_I: np.ndarray, right: Ops) -> Ops:
 
     def attend(q_BTNH: np.ndarray, *others: np.ndarray) -> np.ndarray:
         y_BTNH = right.attend(q_BTNH, *others)
-        return y_BTNH.reshape(*q_BTNH.shape[:2], -1)[:, :, order_I].reshape(q_BTNH.shape)
+        own_BTNH = y_BTNH[..., : len(order_I) // q_BTNH.shape[2]]  # another mistake may have made heads longer
+        ordered_BTNH = own_BTNH.reshape(*q_BTNH.shape[:2], -1)[:, :, order_I].reshape(own_BTNH.shape)
+        return np.concatenate([ordered_BTNH, y_BTNH[..., own_BTNH.shape[-1] :]], axis=-1)
 
     return replace(right, attend=attend)
 
