@@ -100,6 +100,11 @@ def _add_decoding(compare: argparse.ArgumentParser) -> None:
     prompts.add_argument(
         "--prompts", type=Path, metavar="FILE", help='one a line, or JSON lines with "text" or "token_ids"'
     )
+    compare.add_argument(
+        "--probe",
+        action="store_true",
+        help="add prompts that show what the others may hide: one longer than the window, one of a few tokens",
+    )
     compare.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default 64")
     compare.add_argument(
         "--batch-size",

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from refengine.config import Config
 from refengine.errors import TokensError
 
@@ -23,6 +25,26 @@ BUILT_IN = (
     "train catch up with the first, and how far from the station are they then? Answer: Let us "
     "think about it step by step.",
 )
+
+LONGEST_PROBE = 1024  # tokens: a longer pass takes minutes of a reference that is also run in float64
+USUAL_PROBE, SHORT_PROBE, BEYOND = 48, 3, 16
+
+
+def probes(config: Config, max_new_tokens: int) -> list[list[int]]:
+    """Prompts that show what the given ones may hide: a long one and a short one, so that a batch is padded.
+
+    The long one goes beyond the sliding window, and beyond the length from which scaled RoPE differs, where that is not
+    too far; always drawn alike, from all of the vocabulary.
+    """
+    rope = config.rope_parameters
+    ends = [config.sliding_window or 0]
+    if rope.rope_type != "default":
+        ends.append(rope.original_max_position_embeddings or 0)
+    reached = [end + BEYOND for end in ends if 0 < end + BEYOND <= LONGEST_PROBE]
+    room = config.max_position_embeddings - max_new_tokens
+    long = min(max([USUAL_PROBE, *reached]), room)
+    random = np.random.default_rng(0)
+    return [random.integers(0, config.vocab_size, min(length, room)).tolist() for length in (long, SHORT_PROBE)]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], config: Config, max_new_tokens: int) -> None:

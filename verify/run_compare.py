@@ -26,7 +26,7 @@ from verify.expect import EXACT, expected
 from verify.files import check_place, sha256_of
 from verify.find_cause import find_cause
 from verify.own_weights import notes_on_weights, read_weights
-from verify.prompts import BUILT_IN, check_prompts
+from verify.prompts import BUILT_IN, check_prompts, probes
 from verify.report.result import Cell, Diagnosis, Exported, Model, Report
 from verify.request import CacheMode, Request, not_revealed, notes_on, request_for
 from verify.run_openai import check_options, judge_server
@@ -149,6 +149,8 @@ def _report_on_server(options: argparse.Namespace, checkpoint: Checkpoint) -> Re
 
 def _request(options: argparse.Namespace, checkpoint: Checkpoint) -> Request:
     prompts = _prompts(options, checkpoint)
+    if options.probe:
+        prompts = [*prompts, *probes(checkpoint.config, options.max_new_tokens)]
     check_prompts(prompts, checkpoint.config, options.max_new_tokens)
     if options.max_tokens is not None:
         if options.batching != "dynamic":

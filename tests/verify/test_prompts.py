@@ -1,6 +1,7 @@
 """Prompts from a file: text or JSON, one a line; and what is refused before anything runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from refengine.errors import InputError, TokensError
 from refengine.prompts import encode_checked, read_prompts
 from refengine.tokenizer import encode_prompt, load_tokenizer
 from tests.checkpoints import TINY
-from verify.prompts import BUILT_IN, check_prompts
+from tests.verify.commands import verify
+from verify.prompts import BUILT_IN, check_prompts, probes
 
 CONFIG = Config.from_dict(TINY)
 
@@ -123,3 +125,24 @@ def test_the_built_in_prompts_are_ragged_and_fit_the_embedded_model(tiny):
     assert len(set(lengths)) == len(lengths) == 8
     assert lengths[0] < 8
     assert lengths[-1] > 100
+
+
+def test_probes_are_ragged_and_go_beyond_the_window_and_fit_the_model(tiny):
+    windowed = replace(tiny.config, sliding_window=70)
+    for config in (tiny.config, windowed):
+        long, short = probes(config, 16)
+        check_prompts([long, short], config, 16)
+        assert len(short) < len(long)
+        assert len(long) > (config.sliding_window or 0)
+    assert probes(windowed, 16) == probes(windowed, 16)
+
+
+def test_a_window_that_a_short_prompt_hides_is_shown_by_a_probe(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"token_ids": [5, 6, 7]}\n', encoding="utf-8")
+    fixtures = Path(__file__).parents[2] / "fixtures"
+    asked = ("compare", fixtures / "tiny_mistral", fixtures / "exports" / "mistral-genai", "--runtime", "ort-cpu")
+    quick = ("--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 2, "--cache", "off")
+    hidden, shown = verify(*asked, *quick), verify(*asked, *quick, "--probe")
+    assert hidden.first_lines[0].startswith("equal")
+    assert "not revealed: sliding-window" in hidden.out
+    assert shown.first_lines[1].startswith("cause: sliding-window (window none)")
