@@ -61,8 +61,9 @@ def ladder(
 
 
 def blamed(rungs: Sequence[Rung]) -> Name | None:
-    """The first rung that is wrong."""
-    return next((rung.name for rung in rungs if rung.is_wrong), None)
+    """The first rung that is wrong; None where one before it could not be run and may be wrong too."""
+    first = next((rung for rung in rungs if rung.is_wrong or rung.ratio is None), None)
+    return first.name if first is not None and first.is_wrong else None
 
 
 def _rungs(
