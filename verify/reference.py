@@ -141,7 +141,7 @@ class Reference:
     def _plain(
         self, weights: Weights, prompts: Rows, tokens: Rows, right64: Mapping[str, np.ndarray]
     ) -> dict[str, Plain]:
-        """The plainest sums by trace point, at the first positions of the longest prompt.
+        """The plainest sums by trace point, at the first positions of the longest row.
 
         None where noise is of another kind: of a coarser arithmetic, or of codes that fall on the other side of a step.
         """
@@ -150,10 +150,11 @@ class Reference:
             return {}
         self.on_progress(f"the reference in {self.arithmetic.name} (sums one by one)")
         longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
-        prompt = prompts[longest][:PLAIN_POSITIONS]
-        before = step_slices(prompts, tokens)[longest].stop - len(prompts[longest]) - len(tokens[longest]) + 1
-        at = slice(before, before + len(prompt))
-        logits_PV, caches = one_pass(weights, [prompt], [[0]], None, plainest)
+        row = [*prompts[longest], *tokens[longest][:-1]]
+        before = step_slices(prompts, tokens)[longest].stop - len(row)
+        tried = row[:PLAIN_POSITIONS]
+        at = slice(before, before + len(tried))
+        logits_PV, caches = one_pass(weights, [tried], [[0]], None, plainest)
         found = {"lm_head": logits_PV, **caches}
         return {name: Plain(rms(value - right64[name][at], axis=-1), at) for name, value in found.items()}
 
