@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 
 from refengine.checkpoint import open_checkpoint
@@ -183,3 +184,12 @@ def test_a_stateful_export_does_not_go_on_from_another_past(compared: Compared) 
     candidate.run(tokens, positions)
     with pytest.raises(ValueError, match="its own last step"):
         candidate.run(tokens[:, :1], positions[:, 1:] + 1, first)
+
+
+def test_an_operator_that_openvino_does_not_have_ends_without_a_verdict(compared, tmp_path):
+    model = onnx.load(FIXTURES / "exports" / "optimum" / "model.onnx")
+    foreign = next(node for node in model.graph.node if node.op_type == "Sigmoid")
+    foreign.domain = "com.nobody"
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(NoVerdict, match="openvino cannot convert it: "):
+        compared.open(tmp_path / "model.onnx", "openvino")

@@ -200,6 +200,17 @@ def _read(openvino: Any, path: str | Path, config: Config | None = None) -> tupl
         return file, openvino.Core().read_model(file.path) if ir else openvino.convert_model(file.path)
     except RuntimeError as error:
         raise InputError(f"{file.path}: OpenVINO cannot read it: {in_words(str(error), config)}") from error
+    except _conversion_failures() as error:  # operators that it does not have: whole, and of no use to it
+        raise NoVerdict(f"{file.path}: openvino cannot convert it: {in_words(str(error), config)}") from error
+
+
+def _conversion_failures() -> tuple[type[Exception], ...]:
+    from openvino import frontend
+
+    return (
+        *(frontend.GeneralFailure, frontend.InitializationFailure, frontend.NotImplementedFailure),
+        *(frontend.OpConversionFailure, frontend.OpValidationFailure),
+    )
 
 
 def _compile(
