@@ -118,7 +118,8 @@ def test_a_quantised_cache_is_told_from_all_others(subject):
 
     def left(scheme: str) -> float:
         logits = run_as_if(subject.weights64, subject.passes, [schemes[scheme]])
-        return float(np.abs(np.concatenate(given) - np.concatenate(logits)).mean())
+        # The median, since a code that rounding moves over a step is off in some positions, and no mistake.
+        return float(np.median(np.abs(np.concatenate(given) - np.concatenate(logits)).max(axis=-1)))
 
     nearest = sorted(schemes, key=left)
     assert nearest[0] == "int8"
