@@ -6,10 +6,11 @@ import numpy as np
 
 from refengine.errors import TokensError
 
+Rows = Sequence[Sequence[int]]  # token ids
 PADDING_ID = 0  # any valid token: at position -1 it is neither attended to nor counted
 
 
-def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def left_padded(prompts: Rows) -> tuple[np.ndarray, np.ndarray]:
     """`token_ids_BT` and `positions_BT` of prompts that end in the same column; padding is in front, at position -1.
 
     Raises:

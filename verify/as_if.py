@@ -9,12 +9,10 @@ import numpy as np
 from refengine.kvcache import NO_CACHE, Cache, KVCache
 from refengine.ops import OPS, Ops
 from refengine.scheme import stored_as
-from refengine.tokens import left_padded
+from refengine.tokens import Rows, left_padded
 from refengine.weights import Weights
 from verify.counterfactual import Fed, LayerPast, Mistakes, Pasts, forward_as_if, same_pasts
 from verify.handed_cache import HandedCache, seen_by_all
-
-Rows = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)

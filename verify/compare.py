@@ -1,13 +1,14 @@
 """Compares an export with its checkpoint: every runtime asked for, with the cache and without it."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from refengine.checkpoint import Checkpoint
 from refengine.errors import CheckpointError
+from refengine.tokens import Rows
 from verify.candidates import Opened, Settings
 from verify.contestant import Contestant
 from verify.drive import CandidateRun
@@ -20,8 +21,6 @@ from verify.references import References
 from verify.report.result import Cell, Judgement, Seconds
 from verify.request import CacheMode, Request, request_for
 from verify.weights.exported import ExportedCheckpoint
-
-Rows = Sequence[Sequence[int]]
 
 
 class Progress(Protocol):

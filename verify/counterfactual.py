@@ -15,6 +15,8 @@ from refengine.scheme import Scheme
 from refengine.trace import Trace, no_trace
 from refengine.weights import Layer, Weights
 
+Layers = frozenset[int] | None  # in which something is; None: in all of them
+
 
 @dataclass(frozen=True)
 class Fed:
@@ -93,7 +95,7 @@ class Counterfactual:
 
     cause: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    layers: frozenset[int] | None = None
+    layers: Layers = None
     config: Mapping[str, Any] = field(default_factory=dict)
     ops: Callable[[Ops], Ops] = unchanged
     all_ops: Callable[[Ops], Ops] = unchanged

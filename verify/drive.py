@@ -7,12 +7,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from refengine.tokens import left_padded
+from refengine.tokens import Rows, left_padded
 from verify.candidates import Candidate, Past
 from verify.feeds import merge, select
 from verify.schedule import Schedule
 
-Rows = Sequence[Sequence[int]]
 OnStep = Callable[[int], None]  # called with the number of tokens just gained, over all rows
 
 

@@ -1,6 +1,6 @@
 """The reference's side: the right tokens, their logits and caches in float64, and the noise of float32."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -13,14 +13,13 @@ from refengine.model import forward
 from refengine.ops import OPS, Ops
 from refengine.quant import ops_for
 from refengine.scheme import Scheme, stored_as
-from refengine.tokens import left_padded
+from refengine.tokens import Rows, left_padded
 from refengine.weights import Weights
 from verify.arithmetic import FLOAT32, Arithmetic
 from verify.noise import PLAIN_POSITIONS, Noise, Plain, rms
 from verify.opened import open_weights
 
 TOKENS_A_PASS = 512  # bounds the logits held at a time
-Rows = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)

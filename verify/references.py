@@ -1,16 +1,15 @@
 """The reference's runs that a comparison needs: on the checkpoint's weights, and on those that an export holds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from refengine.checkpoint import Checkpoint
 from refengine.errors import CheckpointError
+from refengine.tokens import Rows
 from verify.expect import EXACT, Expectation
 from verify.reference import Reference, ReferenceRun
 from verify.report.weights import WeightsCost
 from verify.weights.cost import cost_of_weights
 from verify.weights.exported import ExportedCheckpoint
-
-Rows = Sequence[Sequence[int]]
 
 
 class References:

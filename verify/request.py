@@ -1,17 +1,16 @@
 """What is to be compared: prompts and batches, as they were asked for and as a candidate can meet them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from refengine.config import Config
 from refengine.requests import Limits
+from refengine.tokens import Rows
 from verify.candidates import Opened
 from verify.expect import EXACT, Expectation
 from verify.own_weights import notes_on_int8
 from verify.schedule import SCHEDULES, Batching, Schedule, is_padded
 
-Rows = Sequence[Sequence[int]]
 CacheMode = Literal["on", "off"]
 
 

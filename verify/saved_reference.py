@@ -3,7 +3,7 @@
 import json
 import tokenize
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -11,6 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from refengine.errors import InputError
+from refengine.tokens import Rows
 from verify.files import replacing
 from verify.noise import Noise
 from verify.reference import Measured, ReferenceRun
@@ -23,7 +24,6 @@ DAMAGED = (
     *(RecursionError, OverflowError, MemoryError, NotImplementedError, RuntimeError),
     *(BadZipFile, zlib.error, tokenize.TokenError),
 )
-Rows = Sequence[Sequence[int]]
 
 
 def save_reference(path: Path, run: ReferenceRun, model_sha256: str) -> None:

@@ -23,9 +23,9 @@ from refengine.config import Config
 from refengine.config_values import is_whole
 from refengine.errors import InputError
 from refengine.requests import check_request
+from refengine.tokens import Rows
 from verify.saved_reference import DAMAGED
 
-Rows = Sequence[Sequence[int]]
 TopLogprobs = Sequence[Sequence[tuple[int, float]]]  # at each step of a row: some tokens and their log-probabilities
 
 FORMAT = (

@@ -7,38 +7,13 @@ import pytest
 
 from refengine.checkpoint import open_checkpoint
 from tests.checkpoints import write_checkpoint
-from tests.meta.explaining import Subject, trained
-from verify.causes.catalogue import CATALOGUE, name_of
-from verify.causes.rope import CAUSES, rope_scaling, rope_table_short, rope_theta
+from tests.meta.explaining import Subject
+from verify.causes.catalogue import CATALOGUE
+from verify.causes.rope import rope_scaling, rope_table_short, rope_theta
 from verify.export.faults.rope import FAULTS, other_rope
 from verify.export.faults.writing import Fault, write_faulty
 
 BY_NAME = {fault.name: fault for fault in FAULTS}
-
-
-def first_of(cause: str) -> Fault:
-    return next(fault for fault in FAULTS if fault.cause == cause)
-
-
-@pytest.fixture(scope="module")
-def subject() -> Subject:
-    return trained()
-
-
-@pytest.mark.parametrize("name", BY_NAME)
-def test_a_fault_is_reproduced_by_its_cause_alone(subject, name, tmp_path):
-    fault = BY_NAME[name]
-    explained = subject.explained(fault, tmp_path)
-    assert explained.before > 3 * subject.bound
-    # Against all of the family once for each cause: the others are the same mistake elsewhere, or a little more of it.
-    in_question = CAUSES if fault is first_of(fault.cause) else [CATALOGUE[fault.cause]]
-    assert explained.reproduced_by(in_question) == [fault.cause]
-
-
-def test_every_cause_has_a_fault_in_all_layers_and_one_in_a_single_one():
-    everywhere = {fault.cause for fault in FAULTS if fault.layers is None}
-    alone = {fault.cause for fault in FAULTS if fault.layers is not None}
-    assert everywhere == alone == {name_of(cause) for cause in CAUSES}
 
 
 @pytest.mark.parametrize(

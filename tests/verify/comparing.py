@@ -1,12 +1,13 @@
 """A checkpoint compared with an export of it, for tests of the verdict."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from refengine.checkpoint import Checkpoint
+from refengine.tokens import Rows
 from verify.candidates import Candidate
 from verify.compare import Comparison
 from verify.drive import CandidateRun, run_candidate
@@ -15,8 +16,6 @@ from verify.report.result import Cell
 from verify.request import Request
 from verify.runtimes import RUNTIMES
 from verify.schedule import Schedule
-
-Rows = Sequence[Sequence[int]]
 
 
 @dataclass

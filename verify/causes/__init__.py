@@ -11,7 +11,7 @@ from typing import Any
 
 from refengine.config import Config
 from verify.arithmetic import Arithmetic
-from verify.counterfactual import Counterfactual
+from verify.counterfactual import Counterfactual, Layers
 from verify.weights.exported import ExportedCheckpoint
 
 
@@ -36,7 +36,7 @@ class Evidence:
     is_padded: bool = False
     longest: int = 1
     batches: int = 1
-    suspects: tuple[frozenset[int] | None, ...] = (None,)
+    suspects: tuple[Layers, ...] = (None,)
     constants: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     is_our_loop: bool = True
     own: ExportedCheckpoint | None = None

@@ -11,7 +11,6 @@ from refengine.ops import Ops, attend, scores
 from verify.causes import Cause, Evidence, Family
 from verify.causes.constants import is_close, misread, shortest
 from verify.causes.seeing import (
-    Layers,
     all_alike,
     counted_from_first_slot,
     everything,
@@ -21,7 +20,7 @@ from verify.causes.seeing import (
     padding_too,
     with_mask,
 )
-from verify.counterfactual import Counterfactual
+from verify.counterfactual import Counterfactual, Layers, unchanged
 
 USUAL_SOFTCAPS = (50.0, 30.0, 20.0)
 USUAL_WINDOWS = (4096, 2048, 1024, 512, 128)
@@ -182,7 +181,7 @@ def mask_causal_alignment(evidence: Evidence) -> Iterator[Counterfactual | Famil
             yield Counterfactual(
                 *("mask-causal-alignment", {"nothing seen": nothing_seen} if evidence.is_padded else {}, layers),
                 ops=partial(with_mask, counted_from_first_slot, alike=nothing_seen == "all alike"),
-                all_ops=all_alike if nothing_seen == "all alike" else lambda right: right,
+                all_ops=all_alike if nothing_seen == "all alike" else unchanged,
                 is_causal=False,
                 is_of_batches=evidence.is_padded,
             )

@@ -26,7 +26,7 @@ from verify.causes.slots import (
     swapped,
     without,
 )
-from verify.counterfactual import Counterfactual, Fed, Pasts
+from verify.counterfactual import Counterfactual, Fed, Layers, Pasts
 
 USUAL_LOSSES = (1, 2, 3, 4)  # tokens
 EXACT_SCHEMES = ("float32", "float64")
@@ -214,13 +214,13 @@ def cache_quantized(evidence: Evidence) -> Iterator[Counterfactual | Family]:
 def _handed(
     cause: str,
     parameters: dict[str, object],
-    layers: frozenset[int] | None,
+    layers: Layers,
     cache: Callable[[Pasts, int], Pasts],
 ) -> Counterfactual:
     return Counterfactual(cause, parameters, layers, cache=cache, is_causal=False)
 
 
-def _hidden(which: str, layers: frozenset[int] | None, tokens: float) -> Counterfactual:
+def _hidden(which: str, layers: Layers, tokens: float) -> Counterfactual:
     """Slots that no pass after the first sees; those that are the newest now come into sight later."""
     count = round(tokens)
 
@@ -240,7 +240,7 @@ def _hidden(which: str, layers: frozenset[int] | None, tokens: float) -> Counter
     )
 
 
-def _lost(which: str, layers: frozenset[int] | None, tokens: float) -> Counterfactual:
+def _lost(which: str, layers: Layers, tokens: float) -> Counterfactual:
     """Slots that are not handed on, after each pass or after that of the prompts."""
     count = round(tokens)
 
@@ -251,7 +251,7 @@ def _lost(which: str, layers: frozenset[int] | None, tokens: float) -> Counterfa
     return _handed("cache-truncated", {"lost": which, "tokens": count}, layers, cache)
 
 
-def _room(layers: frozenset[int] | None, capacity: float) -> Counterfactual:
+def _room(layers: Layers, capacity: float) -> Counterfactual:
     """A past that holds so many slots: the oldest make room for the newest."""
     count = round(capacity)
 
@@ -261,7 +261,7 @@ def _room(layers: frozenset[int] | None, capacity: float) -> Counterfactual:
     return replace(_handed("cache-truncated", {"lost": "oldest", "capacity": count}, layers, cut), is_of_batches=True)
 
 
-def _with_capacity(layers: frozenset[int] | None, capacity: float) -> Counterfactual:
+def _with_capacity(layers: Layers, capacity: float) -> Counterfactual:
     slots = round(capacity)
     ops = partial(seeing_zeros, lambda held: slots - held)
     return Counterfactual(
@@ -269,7 +269,7 @@ def _with_capacity(layers: frozenset[int] | None, capacity: float) -> Counterfac
     )
 
 
-def _with_zeros(layers: frozenset[int] | None, empty: float) -> Counterfactual:
+def _with_zeros(layers: Layers, empty: float) -> Counterfactual:
     slots = round(empty)
     ops = partial(seeing_zeros, lambda held: slots)
     return Counterfactual("cache-capacity-as-length", {"empty slots": slots}, layers, ops=ops, is_causal=False)

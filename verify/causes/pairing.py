@@ -6,6 +6,7 @@ import numpy as np
 
 from refengine.config import Config
 from refengine.weights import Layer, Linear
+from verify.counterfactual import Layers
 from verify.weights.exported import ExportedCheckpoint
 from verify.weights.match import Matched
 
@@ -13,7 +14,7 @@ TO_PAIRS = "halves to pairs"
 DIRECTIONS = (TO_PAIRS, "pairs to halves")
 
 
-def permuted(config: Config, own: ExportedCheckpoint) -> list[tuple[tuple[str, ...], str, frozenset[int] | None]]:
+def permuted(config: Config, own: ExportedCheckpoint) -> list[tuple[tuple[str, ...], str, Layers]]:
     """Which of q and k the export has in the order of the other pairing, which way, and in which layers."""
     layers_of: dict[tuple[tuple[str, ...], str], set[int]] = {}
     orders = {each.relation.name: direction_of(each, config.head_dim) for each in own.matched}

@@ -13,7 +13,6 @@ from verify.causes import Cause, Evidence, Family
 from verify.causes.constants import HALF_ULP, SAME, misread, shortest
 from verify.causes.rotating import (
     SHORT_DTYPES,
-    Layers,
     Rotate,
     as_row_0,
     at_positions,
@@ -27,7 +26,7 @@ from verify.causes.rotating import (
     turned,
     with_rope,
 )
-from verify.counterfactual import Counterfactual
+from verify.counterfactual import Counterfactual, Layers
 
 USUAL_THETA = (1e4, 5e5, 1e6, 1e5)
 USUAL_FACTORS = (2.0, 4.0, 8.0)  # of linear scaling

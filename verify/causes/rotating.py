@@ -11,10 +11,9 @@ import numpy as np
 from refengine.config import Config, RopeParameters
 from refengine.ops import Ops
 from refengine.rope import rope_inverse_frequencies
-from verify.counterfactual import Counterfactual, Fed
+from verify.counterfactual import Counterfactual, Fed, Layers
 from verify.noise import rope_table_in_its_dtype
 
-Layers = frozenset[int] | None
 Rotate = Callable[..., np.ndarray]
 Positions = Callable[[np.ndarray], np.ndarray]
 Table = tuple[np.ndarray, np.ndarray]

@@ -8,7 +8,6 @@ import numpy as np
 from refengine.ops import Ops, attention_mask
 from verify.counterfactual import Fed
 
-Layers = frozenset[int] | None
 Positions = tuple[np.ndarray, np.ndarray]
 Seen = Callable[[np.ndarray, np.ndarray, int | None], tuple[np.ndarray, np.ndarray, int | None]]
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from refengine.ops import Ops
 from verify.causes import Evidence
+from verify.causes.seeing import with_mask
 from verify.counterfactual import LayerPast, Pasts
 
 
@@ -62,18 +63,10 @@ def pairs_read_as_keys_first(pasts: Pasts) -> Pasts:
 
 def seeing(seen: Callable[[np.ndarray, int], np.ndarray], right: Ops) -> Ops:
     """Attention that sees other slots: `seen` makes their positions of all positions and the number of new tokens."""
-
-    def attend(
-        q_BTNH: np.ndarray,
-        k: np.ndarray,
-        v: np.ndarray,
-        positions_BT: np.ndarray,
-        positions_BS: np.ndarray,
-        window: int | None,
-    ) -> np.ndarray:
-        return right.attend(q_BTNH, k, v, positions_BT, seen(positions_BS, positions_BT.shape[1]), window)
-
-    return replace(right, attend=attend)
+    return with_mask(
+        lambda positions_BT, positions_BS, window: (positions_BT, seen(positions_BS, positions_BT.shape[1]), window),
+        right,
+    )
 
 
 def newest_alone(positions_BS: np.ndarray, new: int) -> np.ndarray:

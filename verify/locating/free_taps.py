@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from verify.counterfactual import Layers
 from verify.drive import CandidateRun
 from verify.noise import rms
 from verify.reference import Measured, ReferenceRun
 
-Suspects = tuple[frozenset[int] | None, ...]
+Suspects = tuple[Layers, ...]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The rows of a run that are traced, and what a trace of them shows as one sequence a row."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -118,7 +118,3 @@ class Streams:
         """Keys or values as the run gave them, at all positions of all rows."""
         rows = self.traced.run.caches.get(point)
         return None if rows is None else np.concatenate(rows)
-
-
-Taps = Mapping[str, np.ndarray]
-OnProgress = Callable[[str], None]

@@ -110,11 +110,6 @@ def windowed(window: int | None) -> Module:
     return lambda at, ids, mask, _: MODULES.attention_mask(at, ids, mask, window)
 
 
-def one_more_in_window(at: Scope, input_ids_BT: Value, attention_mask_BS: Value, window: int | None) -> Value:
-    """A window counted as ONNX's operators count it: age <= window."""
-    return MODULES.attention_mask(at, input_ids_BT, attention_mask_BS, window and window + 1)
-
-
 def mask_of_row_0(at: Scope, input_ids_BT: Value, attention_mask_BS: Value, window: int | None) -> Value:
     """Every row sees the slots that row 0 may see."""
     mask_1S = at("Gather", attention_mask_BS, at.constant("row_0", [0]), axis=0)

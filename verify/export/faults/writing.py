@@ -11,6 +11,7 @@ import onnx
 from onnx import helper
 
 from refengine.checkpoint import Checkpoint
+from verify.counterfactual import Layers
 from verify.export.decoder import decoder_graph
 from verify.export.files import ReadWeight, weight_reader, write_model
 from verify.export.graph import Scope
@@ -38,7 +39,7 @@ class Fault:
 
     name: str
     cause: str | None
-    layers: frozenset[int] | None
+    layers: Layers
     write: Callable[[Checkpoint, Path], Path]
     needs: frozenset[Need] = frozenset()
     beside: str | None = None
