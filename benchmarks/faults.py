@@ -1,6 +1,6 @@
 """The fault corpus: how many faults are detected, located and named, and what other comparisons say of the same runs.
 
-    python -m benchmarks.faults [MODEL [EXPORTS]] [--only TEXT] [--kept FILE]
+    python -m benchmarks.faults [MODEL [EXPORTS]] [--only TEXT] [--every N] [--seconds S] [--kept FILE]
 
 Every fault of the catalogue, some in pairs, and some outside of it, is written into an export of MODEL (the tiny model
 that is part of the project) or into one of EXPORTS (those of other exporters, each in a directory of its name); each is
@@ -23,13 +23,21 @@ from verify.runtimes import USUAL
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 MODEL, EXPORTS = FIXTURES / "tiny_llama", FIXTURES / "exports"
+SECONDS = 120.0
 
 
-def main(model: Path = MODEL, exports: Path = EXPORTS, only: str = "", kept: Path | None = None) -> list[Row]:
+def main(
+    model: Path = MODEL,
+    exports: Path = EXPORTS,
+    only: str = "",
+    every: int = 1,
+    seconds: float = SECONDS,
+    kept: Path | None = None,
+) -> list[Row]:
     """Makes all rows, prints what they come to, and returns them."""
     done = {} if kept is None or not kept.is_file() else {row.name: row for row in map(_kept, kept.open())}
     rows = []
-    for row in _rows(corpus_of(model, exports), only, done):
+    for row in _rows(corpus_of(model, exports, seconds), only, every, done):
         rows.append(row)
         if kept is not None and row.kind not in ("clean", "driver") and row.name not in done:
             with kept.open("a", encoding="utf-8") as file:
@@ -43,7 +51,7 @@ def _kept(line: str) -> Row:
     return from_json(json.loads(line))
 
 
-def _rows(made: Corpus, only: str, done: dict[str, Row]) -> Iterator[Row]:
+def _rows(made: Corpus, only: str, every: int, done: dict[str, Row]) -> Iterator[Row]:
     for runtime in USUAL:
         for name, path in made.exported():
             if only in f"clean: {name}" and (runtime == "openvino" or path.suffix == ".onnx"):
@@ -54,7 +62,7 @@ def _rows(made: Corpus, only: str, done: dict[str, Row]) -> Iterator[Row]:
         for row in made.driven():
             print(_line(row), file=sys.stderr, flush=True)
             yield row
-    faults = [(kind, fault) for kind, fault in made.faults() if only in f"{kind}: {fault.name}"]
+    faults = [(kind, fault) for kind, fault in made.faults() if only in f"{kind}: {fault.name}"][::every]
     for number, (kind, fault) in enumerate(faults, start=1):
         row = done.get(fault.name) or made.row(kind, fault)
         print(f"[{number}/{len(faults)}] {_line(row)}", file=sys.stderr, flush=True)
@@ -75,10 +83,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="those with this in their kind and name, as in 'outside: no MLP'"
     )
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="each N-th fault: all of them take hours on a large model"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, metavar="S", help="to look for one cause (default %(default)s)"
+    )
     parser.add_argument("--kept", type=Path, metavar="FILE", help="rows that were made, to go on from")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
     given = _options()
-    main(given.model, given.exports, given.only, given.kept)
+    main(given.model, given.exports, given.only, given.every, given.seconds, given.kept)

@@ -48,7 +48,7 @@ class Row:
         nearest: the best that was ruled out.
         layer, point, node: where it was located; -1 is no layer at all, None that it was not located.
         node_right: whether that node is one that the fault has changed; None where it changed none.
-        others: what other ways of comparing say.
+        others: what other ways of comparing say; None where they were not asked.
         seconds: of the comparison, and of finding the place and the cause.
         error: what stopped it.
     """

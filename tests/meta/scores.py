@@ -90,7 +90,7 @@ def tables(rows: Sequence[Row]) -> Iterator[str]:
     yield from table(
         ["fault", "faults", "named rightly", "unexplained", "called otherwise"], list(_by_cause(confusion(rows)))
     )
-    yield from table(["of the same runs", "faults found", "clean exports passed"], list(_by_other(rows)))
+    yield from table(["of the same runs", "faults found", "clean float32 exports passed"], list(_by_other(rows)))
     wrong = [[row.name, what] for row in rows for what in faults_of(row)]
     if wrong:
         yield from table(["export", "what is not right"], wrong)

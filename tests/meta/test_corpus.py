@@ -15,7 +15,7 @@ from verify.export.faults.frozen import frozen_faults
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 EXPORTS = FIXTURES / "exports"
-CORPUS = corpus_of(FIXTURES / "tiny_llama", EXPORTS)
+CORPUS = corpus_of(FIXTURES / "tiny_llama", EXPORTS, seconds=900)  # enough on the slowest machine
 FAULTS = {fault.name: (kind, fault) for kind, fault in CORPUS.faults()}
 
 NAMED = ("genai: eps 1e-6", "dynamo: gate and up exchanged, layer 2")
