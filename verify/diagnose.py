@@ -108,7 +108,7 @@ def diagnose(
     rows = telling_rows(run, reference)
     screen = Screen(open_weights(checkpoint, np.float32), passes, run, reference, rows)
     search = _Search(screen, reference.logits.noise.overall_bound, ends, on_step)
-    before = screen.ratio(())
+    before = screen.before
     possible = causes
     if not _prompts_are_right(run, reference):
         possible = {name: cause for name, cause in causes.items() if name not in AFTER_PROMPTS}
@@ -161,16 +161,15 @@ def _confirmed(
     is the ratio before.
     """
     screen = _whole(open_weights(checkpoint, np.float64), passes, run, reference)
-    whole = screen.ratio(())
+    whole = screen.before
     best: dict[tuple[str, ...], Tried] = {}
     for each in promising:
         best.setdefault(tuple(sorted(mistake.cause for mistake in each.mistakes)), each)
     found = []
     for each in list(best.values())[:MOST_CONFIRMED]:
-        tried = screen.tried(*each.mistakes)
-        noise = max(1.0, screen.distance(weights32, each.mistakes))
-        if tried.ratio <= min(noise * reference.logits.noise.overall_bound, EXPLAINED * whole):
-            found.append(tried)
+        ratio, noise = screen.ratio_and_noise(each.mistakes, weights32)
+        if ratio <= min(max(1.0, noise) * reference.logits.noise.overall_bound, EXPLAINED * whole):
+            found.append(Tried(each.mistakes, ratio))
     least = AS_WELL * min((each.ratio for each in found), default=0.0)
     return sorted((each for each in found if each.ratio <= least), key=lambda each: each.ratio), whole
 

@@ -1,4 +1,4 @@
-"""A part of a run on which counterfactuals are cheap to try, and the search along a parameter."""
+"""A part of a run on which counterfactuals are cheap to try, and what each of them leaves."""
 
 import math
 from collections.abc import Sequence
@@ -8,25 +8,40 @@ import numpy as np
 
 from refengine.weights import Weights
 from verify.as_if import Passes, run_as_if
-from verify.causes import Family
 from verify.counterfactual import Counterfactual
 from verify.drive import CandidateRun
 from verify.noise import rms
 from verify.reference import ReferenceRun
 
 NEW_TOKENS = 6  # of each row that is screened
-GRID, REFINEMENTS = 13, 26  # of a search along a parameter
-ROUNDEST, AS_WELL = 5, 1.02  # digits that a rounded value may have, and how much worse it may fit
 SHOWS = 0.2  # of the largest ratio, that a row must have to be worth screening
-GOLDEN = (math.sqrt(5) - 1) / 2
+PROMISING = 10.0  # times the bound: a float32 rerun brings noise of its own, and a broken model has more of it
+EXPLAINED = 1 / 3  # of the ratio: what a cause may leave; of a small effect a part can be had by chance
+HELPS = 0.97  # a cause that leaves more than this of the ratio explains nothing of it
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A counterfactual, or several at once, and the noise ratio of the candidate against it."""
+    """A counterfactual, or several at once, and what the candidate has left against it.
+
+    Attributes:
+        mistakes: of the reference.
+        ratio: noise ratio over all positions.
+        is_promising: it may be all that is wrong.
+        rest: the share of the positions that are wrong without mistakes, and are as good as right with them.
+    """
 
     mistakes: tuple[Counterfactual, ...]
     ratio: float
+    is_promising: bool = False
+    rest: float = 0.0
+
+    def helps(self, before: "Tried", most: float = HELPS) -> bool:
+        """Whether it explains a part of what others leave.
+
+        Where another mistake is in the way, one may explain some positions and leave the ratio of all as it was.
+        """
+        return self.ratio < most * before.ratio or self.rest > before.rest
 
 
 class Screen:
@@ -54,24 +69,18 @@ class Screen:
         self.weights = weights
         self.rows = list(rows)
         self.passes = replace(passes, tokens=[tokens[:new] for tokens in passes.tokens])
-        units = np.split(reference.logits.noise.rms_P, np.cumsum(reference.lengths)[:-1])
+        self._noise = reference.logits.noise
+        units = np.split(self._noise.rms_P, np.cumsum(reference.lengths)[:-1])
         self._judged = {}  # of each row: its positions, what the candidate gave there, and the noise
         for row in rows:
             given, length = run.logits[row], len(units[row])
             positions = np.arange(length - len(given), len(passes.prompts[row]) + new - 1)
             self._judged[row] = positions, given[: len(positions)], units[row][positions]
+        self._before = self._errors(())
 
     def ratio(self, mistakes: Sequence[Counterfactual]) -> float:
         """The noise ratio of the candidate against the reference with these mistakes."""
-        logits = run_as_if(self.weights, self.passes, mistakes, wanted=self.rows)
-        errors, units = [], []
-        for row, right_PV in zip(self.rows, logits, strict=True):
-            positions, given_PV, unit_P = self._judged[row]
-            there_P = ~np.isposinf(right_PV[positions, 0])  # of what a mistake leaves out there are no logits
-            errors.append(rms(given_PV[there_P] - right_PV[positions[there_P]], axis=-1))
-            units.append(unit_P[there_P])
-        ratio = float(rms(np.concatenate(errors)) / rms(np.concatenate(units)))
-        return ratio if math.isfinite(ratio) else math.inf  # NaN compares with nothing
+        return _ratio(*(self._errors(mistakes) if mistakes else self._before))
 
     def distance(self, weights: Weights, mistakes: Sequence[Counterfactual]) -> float:
         """How far the reference with these mistakes is from itself on other weights, in the same unit."""
@@ -82,44 +91,41 @@ class Screen:
             there_P = ~np.isposinf(one_PV[positions, 0])
             errors.append(rms((other_PV - one_PV)[positions[there_P]], axis=-1))
             units.append(unit_P[there_P])
-        return float(rms(np.concatenate(errors)) / rms(np.concatenate(units)))
+        return _ratio(np.concatenate(errors), np.concatenate(units))
 
     def tried(self, *mistakes: Counterfactual) -> Tried:
-        """The same, with what was tried."""
-        return Tried(mistakes, self.ratio(mistakes))
+        """What they leave."""
+        before_P, unit_P = self._before
+        error_P, left_unit_P = self._errors(mistakes)
+        ratio = _ratio(error_P, left_unit_P)
+        rest = 0.0
+        if len(error_P) == len(before_P):
+            rest = share_at_rest(before_P / unit_P, error_P / unit_P, self._noise.position_bound)
+        return Tried(mistakes, ratio, ratio <= PROMISING * self._noise.overall_bound, rest)
 
-    def best_of(self, family: Family, beside: Sequence[Counterfactual] = ()) -> Tried:
-        """The member of a family that fits best: a grid first, then golden sections beside its best point.
+    def _errors(self, mistakes: Sequence[Counterfactual]) -> tuple[np.ndarray, np.ndarray]:
+        """The rms error at each position for which the reference has logits, and its noise."""
+        logits = run_as_if(self.weights, self.passes, mistakes, wanted=self.rows)
+        errors, units = [], []
+        for row, right_PV in zip(self.rows, logits, strict=True):
+            positions, given_PV, unit_P = self._judged[row]
+            there_P = ~np.isposinf(right_PV[positions, 0])  # of what a mistake leaves out there are no logits
+            errors.append(rms(given_PV[there_P] - right_PV[positions[there_P]], axis=-1))
+            units.append(unit_P[there_P])
+        return np.concatenate(errors), np.concatenate(units)
 
-        Of values that fit as well, the roundest: people write 3e-6 and not 2.9964e-6.
-        """
 
-        def at(exponent: float) -> Tried:
-            return self.tried(*beside, family.make(math.exp(exponent)))
+def share_at_rest(before_P: np.ndarray, left_P: np.ndarray, bound: float) -> float:
+    """The share of wrong positions that are as good as right.
 
-        exponents = np.linspace(math.log(family.low), math.log(family.high), GRID).tolist()
-        grid = [at(exponent) for exponent in exponents]
-        best = min(range(GRID), key=lambda place: grid[place].ratio)
-        low, high = exponents[max(0, best - 1)], exponents[min(GRID - 1, best + 1)]
-        inner = [high - GOLDEN * (high - low), low + GOLDEN * (high - low)]
-        tried = [at(exponent) for exponent in inner]
-        found = min(zip([grid[best], *tried], [exponents[best], *inner], strict=True), key=lambda each: each[0].ratio)
-        for _ in range(REFINEMENTS):
-            if tried[0].ratio < tried[1].ratio:
-                high = inner[1]
-                inner, tried = [high - GOLDEN * (high - low), inner[0]], [tried[0], tried[0]]
-                tried[0] = at(inner[0])
-            else:
-                low = inner[0]
-                inner, tried = [inner[1], low + GOLDEN * (high - low)], [tried[1], tried[1]]
-                tried[1] = at(inner[1])
-            found = min(found, *zip(tried, inner, strict=True), key=lambda each: each[0].ratio)
-        best_found, exponent = found
-        for digits in range(ROUNDEST):
-            rounded = self.tried(*beside, family.make(float(f"{math.exp(exponent):.{digits}e}")))
-            if rounded.ratio <= AS_WELL * best_found.ratio:
-                return rounded
-        return best_found
+    Args:
+        before_P: noise ratios without mistakes.
+        left_P: with them.
+        bound: on what is honest at one position.
+    """
+    wrong_P = ~(before_P <= bound)
+    rest_P = wrong_P & (left_P <= PROMISING * bound) & (left_P <= EXPLAINED * before_P)
+    return float(rest_P.sum() / max(1, wrong_P.sum()))
 
 
 def telling_rows(run: CandidateRun, reference: ReferenceRun) -> list[int]:
@@ -134,3 +140,8 @@ def telling_rows(run: CandidateRun, reference: ReferenceRun) -> list[int]:
     shows = [row for row, ratio in enumerate(ratios) if ratio >= SHOWS * ratios[most]]
     shortest = min(shows, key=lambda row: reference.lengths[row], default=most)
     return list(dict.fromkeys([shortest, most]))
+
+
+def _ratio(error_P: np.ndarray, unit_P: np.ndarray) -> float:
+    ratio = float(rms(error_P) / rms(unit_P))
+    return ratio if math.isfinite(ratio) else math.inf  # NaN compares with nothing

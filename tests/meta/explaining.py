@@ -80,7 +80,7 @@ class Explained:
     @property
     def before(self) -> float:
         """The noise ratio against the reference as it is."""
-        return self.screen.ratio(())
+        return self.screen.before
 
     def tried(self, cause: Cause) -> list[Tried]:
         """All single counterfactuals of a cause, the best first."""
