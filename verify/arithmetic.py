@@ -31,6 +31,7 @@ from verify.noise import (
 from verify.opened import open_weights
 
 INT8_MAX = 127  # symmetric: -128 is not used
+UINT8_MAX = 255
 Rounding = Callable[[np.ndarray], np.ndarray]
 
 
@@ -44,15 +45,26 @@ class Arithmetic:
             is float32 inside, and neither logits nor the weights of norms are rounded.
         block: so many inputs of a linear map become int8 with one scale; None: none do.
         float16_attention: attention multiplies in float16, as llama.cpp's does with its usual cache.
+        together: all inputs of a linear map that are fed together become uint8 with one scale, so that what a token
+            gives depends on those in the same pass. Rows are then read one by one, every new token in its own pass.
+        anew: in these passes each new token comes with the whole row before it, as it does without a cache.
 
     Source: of `dtype` the execution graph of openvino 2026.4.1 on a CPU that has bfloat16, of `block` the same with
-    DYNAMIC_QUANTIZATION_GROUP_SIZE, and MatMulNBits with accuracy_level 4 in onnxruntime 1.24.
+    DYNAMIC_QUANTIZATION_GROUP_SIZE, and MatMulNBits with accuracy_level 4 in onnxruntime 1.24; of `together`
+    DynamicQuantizeLinear, which onnxruntime.quantization.quantize_dynamic puts before each product.
     """
 
     name: str = field(compare=False)
     dtype: type = np.float32
     block: int | None = None
     float16_attention: bool = False
+    together: bool = False
+    anew: bool = False
+
+    @property
+    def without_cache(self) -> "Arithmetic":
+        """Of a run that reads whole rows at every step."""
+        return replace(self, anew=True) if self.together else self
 
     def weights(self, checkpoint: Checkpoint) -> Weights:
         """The checkpoint's, in float32 arrays.
@@ -103,8 +115,10 @@ class Arithmetic:
         return PLAINEST if self == FLOAT32 else None
 
     def _quantising(self, ops: Ops) -> Ops:
-        """These operators, of which the linear maps take int8."""
+        """These operators, of which the linear maps take int8 or uint8."""
         block = self.block
+        if self.together:
+            return replace(ops, linear=lambda x_BTI, proj: ops.linear(quantised_together(x_BTI), proj))
         if block is None:
             return ops
         return replace(ops, linear=lambda x_BTI, proj: ops.linear(quantised(x_BTI, block), proj))
@@ -160,6 +174,7 @@ ARITHMETICS: Mapping[str, Arithmetic] = {
         Arithmetic("float16", np.float16),
         Arithmetic("bfloat16", ml_dtypes.bfloat16),
         Arithmetic("int8-activations", block=32),
+        Arithmetic("uint8-activations", together=True),
         Arithmetic("float16-attention", float16_attention=True),
     )
 }
@@ -177,3 +192,16 @@ def quantised(x_BTI: np.ndarray, block: int) -> np.ndarray:
     scale_BTN1 = np.abs(x_BTNJ).max(axis=-1, keepdims=True) / x_BTI.dtype.type(INT8_MAX)
     codes_BTNJ = np.rint(x_BTNJ / np.where(scale_BTN1 == 0, 1, scale_BTN1))
     return (codes_BTNJ * scale_BTN1).reshape(padded_BTI.shape)[..., :inputs]
+
+
+def quantised_together(x_BTI: np.ndarray) -> np.ndarray:
+    """What x is after it was uint8, with one scale and zero point for all of a row; zero stays zero.
+
+    Source: ONNX 1.20, DynamicQuantizeLinear.
+    """
+    lowest_B11 = np.minimum(x_BTI.min(axis=(1, 2), keepdims=True), 0)
+    scale_B11 = (np.maximum(x_BTI.max(axis=(1, 2), keepdims=True), 0) - lowest_B11) / x_BTI.dtype.type(UINT8_MAX)
+    scale_B11 = np.where(scale_B11 == 0, x_BTI.dtype.type(1), scale_B11)
+    zero_B11 = np.clip(np.rint(-lowest_B11 / scale_B11), 0, UINT8_MAX)
+    codes_BTI = np.clip(np.rint(x_BTI / scale_B11) + zero_B11, 0, UINT8_MAX)
+    return (codes_BTI - zero_B11) * scale_B11

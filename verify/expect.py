@@ -1,6 +1,6 @@
 """What counts as equal: the reference as it is, or with the cache, arithmetic or weights that a runtime may have."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from refengine.codecs.ggml import Turned
 from refengine.errors import InputError
@@ -35,10 +35,11 @@ class Expectation:
     @property
     def without_cache(self) -> "Expectation":
         """Of a run without its cache, which reads keys and values as it computed them; llama.cpp has no such run."""
+        arithmetic = self.arithmetic.without_cache
         if self.scheme is None or isinstance(self.scheme.keys.codec, Turned):
-            return self
+            return replace(self, arithmetic=arithmetic)
         name = self.name.rpartition(AND)[0] or EXACT.name
-        return Expectation(name, None, self.arithmetic, self.own_weights)
+        return Expectation(name, None, arithmetic, self.own_weights)
 
     @property
     def coarsest_weights(self) -> str:
@@ -47,6 +48,7 @@ class Expectation:
 
 
 EXACT = Expectation(FLOAT32.name)
+TOGETHER = Expectation("uint8-activations", arithmetic=ARITHMETICS["uint8-activations"])
 
 
 def expectations() -> dict[str, Expectation]:
@@ -97,18 +99,20 @@ def joined(*parts: Expectation) -> Expectation:
     arithmetics = [part.arithmetic for part in said if part.arithmetic != FLOAT32]
     dtypes = [each.dtype for each in arithmetics if each.dtype is not FLOAT32.dtype]
     blocks = [each.block for each in arithmetics if each.block is not None]
+    together = [each.together for each in arithmetics if each.together]
     attentions = [each.float16_attention for each in arithmetics if each.float16_attention]
     schemes = [part.scheme for part in said if part.scheme is not None]
     # Of weights first, since that part says how coarse they may be.
     ordered = sorted(said, key=lambda part: (part.scheme is not None, not part.own_weights))
     name = AND.join(part.name for part in ordered)
-    if max(len(dtypes), len(blocks), len(attentions), len(schemes), sum(part.own_weights for part in said)) > 1:
+    inputs, weights = len(blocks) + len(together), sum(part.own_weights for part in said)
+    if max(len(dtypes), inputs, len(attentions), len(schemes), weights) > 1:
         raise InputError(f"--expect: {name}: two of these speak of the same thing; leave one of them out")
     arithmetic = FLOAT32
     if arithmetics:
         kinds = AND.join(each.name for each in arithmetics)
         dtype, block = dtypes[0] if dtypes else FLOAT32.dtype, blocks[0] if blocks else None
-        arithmetic = Arithmetic(kinds, dtype, block, bool(attentions))
+        arithmetic = Arithmetic(kinds, dtype, block, bool(attentions), bool(together))
     return Expectation(
         name, schemes[0] if schemes else None, arithmetic, own_weights=any(part.own_weights for part in said)
     )

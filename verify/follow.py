@@ -9,9 +9,11 @@ from refengine.quant import ops_for
 from refengine.weights import Weights
 from verify.as_if import Passes, run_as_if
 from verify.counterfactual import Counterfactual, Mistakes
-from verify.noise import Noise, rms
+from verify.noise import ENOUGH_DRAWS, EQUIVALENT_ORDERS, Noise, rms
 from verify.opened import open_weights
-from verify.reference import Measured, Reference, ReferenceRun, Rows, chosen, one_pass
+from verify.reference import Measured, Reference, ReferenceRun, Rows, chosen
+
+FEWEST_DRAWS = ENOUGH_DRAWS // (2 * len(EQUIVALENT_ORDERS))
 
 
 def follow(
@@ -36,7 +38,7 @@ def follow(
     ops64 = OPS if engine.scheme is None else ops_for(engine.scheme)
     logits64_SV = _logits(engine, weights, prompts, tokens, ops64, mistakes)
     logprobs64_SV = log_softmax(logits64_SV)
-    weights, orders = engine.noisy(len(logits64_SV))
+    weights, orders = engine.noisy(_draws(logits64_SV))
     flips_S = np.zeros(len(logits64_SV))
     errors, asked_errors, units, largest = [], [], [], []
     for order, ops in orders.items():
@@ -57,6 +59,19 @@ def follow(
     noise = Noise.of(asked_errors, logprobs64_SV, units)
     noise = replace(noise, position_bound=Noise.of(largest, logprobs64_SV, units).position_bound)
     return run, Measured(picked(logprobs64_SV, asked_SK), noise)
+
+
+def _draws(logits_SV: np.ndarray) -> int:
+    """How many draws of the noise so many steps are worth: those with the same logits are one.
+
+    A loop that forgets its past decodes one token again and again. No fewer than make the orders twice as many as
+    usual, since each of them takes as long as the first.
+
+    Source: L. Kish, Survey Sampling (1965), section 11.7, effective sample size of unequal weights.
+    """
+    _, counts = np.unique(logits_SV.astype(np.float32), axis=0, return_counts=True)
+    effective = counts.sum() ** 2 / np.square(counts).sum()
+    return min(len(logits_SV), max(FEWEST_DRAWS, int(effective)))
 
 
 def log_softmax(logits_SV: np.ndarray) -> np.ndarray:
@@ -80,5 +95,5 @@ def _logits(
         expected = Counterfactual("", scheme=engine.scheme, is_causal=engine.scheme is None)
         logits = run_as_if(weights, passes, [expected, *mistakes], ops)
     else:
-        logits = [one_pass(weights, [old], [new], engine.scheme, ops)[0] for old, new in rows]
+        logits = [engine.as_fed(weights, [old], [new], ops)[0] for old, new in rows]
     return np.concatenate([logits_PV[-len(new) :] for logits_PV, (_, new) in zip(logits, rows, strict=True)])

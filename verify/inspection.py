@@ -71,7 +71,7 @@ def inspect(
 
 def _opened(file: OnnxFile | IrFile, runtime: str, provider_options: Mapping[str, str]) -> Settings:
     if runtime == "openvino":
-        from verify.candidates.openvino import compiled_settings
+        from verify.candidates.openvino_session import compiled_settings
 
         return compiled_settings(file.path, provider_options)
     if isinstance(file, IrFile) or not runtime.startswith("ort"):

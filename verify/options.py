@@ -34,7 +34,8 @@ def add_compare(compare: argparse.ArgumentParser) -> None:
         nargs="?",
         metavar="CANDIDATE",
         type=Path,
-        help=".onnx file or a directory that holds one (default: the embedded model's export)",
+        help=".onnx file, OpenVINO's .xml, or a directory that holds one; for transformers and llama.cpp MODEL itself "
+        "(default: the embedded model's export)",
     )
     compare.add_argument(
         "--runtime",
@@ -57,9 +58,9 @@ def add_compare(compare: argparse.ArgumentParser) -> None:
         "--expect",
         default=EXACT.name,
         metavar="PRECISION",
-        help="what counts as equal: float32 (default); float16, bfloat16, int8-activations; the export's own weights "
-        "(int4-weights, ...); a quantised cache (int8-kv, ov-u8, ...); several joined, as in bfloat16+ov-u8; or auto: "
-        "what the runtime's settings say",
+        help="what counts as equal: float32 (default); arithmetic (float16, bfloat16, int8-activations, "
+        "uint8-activations); the export's own weights (int4-weights, ...); a quantised cache (int8-kv, ov-u8, ...); "
+        "several joined, as in bfloat16+ov-u8; or auto: what the export's weights and the runtime's settings say",
     )
     _add_limits(compare)
     _add_diagnosis(compare)
@@ -269,7 +270,10 @@ def _runtime(text: str) -> str:
 
 
 def _runtime_or_server(text: str) -> str:
-    return text if text == SERVER else _runtime(text)
+    try:
+        return text if text == SERVER else _runtime(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; or {SERVER}, without CANDIDATE") from error
 
 
 def _positive(text: str) -> int:

@@ -7,16 +7,21 @@ from refengine.errors import InputError
 from verify.candidates import Opened
 from verify.candidates.checkpoint_file import CheckpointFile
 from verify.candidates.onnx_file import OnnxFile
+from verify.candidates.onnx_graph import ROUNDING_TOGETHER
 from verify.candidates.openvino_file import IrFile
 from verify.expect import AUTO, WEIGHTS, Expectation
 from verify.inspection import exported_checkpoint
 from verify.weights.exported import ExportedCheckpoint
 
-ROUNDING_TO_UINT8 = ("DynamicQuantizeLinear", "com.microsoft.DynamicQuantizeMatMul")
 UINT8 = (
-    "the graph rounds inputs of products to uint8 with one scale for all that is fed together (DynamicQuantizeLinear): "
-    "what it gives for a token depends on the others, and no --expect stands for that"
+    "the graph rounds inputs of some products to uint8 with one scale for all that is fed together "
+    "(DynamicQuantizeLinear), and not of all: no --expect stands for that"
 )
+FIXED = (
+    "the graph rounds values on the way with fixed scales (QuantizeLinear): what that costs depends on what the scales "
+    "were measured on, and no --expect stands for that"
+)
+FIXED_BY = ("QuantizeLinear", "QLinearMatMul")
 ASKS: Mapping[str, str] = {  # runtime -> what makes it round the inputs of products to int8
     "ort-cpu": "the graph's accuracy_level 4 of MatMulNBits asks for it",
     "openvino": "DYNAMIC_QUANTIZATION_GROUP_SIZE=0 turns it off",
@@ -32,7 +37,7 @@ def read_weights(
     """
     if isinstance(file, CheckpointFile):
         return None, []
-    notes = [UINT8] if isinstance(file, OnnxFile) and set(ROUNDING_TO_UINT8) & set(file.operators) else []
+    notes = notes_on_graph(file) if isinstance(file, OnnxFile) else []
     try:
         return exported_checkpoint(checkpoint, file), notes
     except InputError as error:
@@ -59,12 +64,24 @@ def notes_on_weights(own: ExportedCheckpoint, expectation: Expectation | None) -
 
 
 def notes_on_int8(candidate: Opened, expectation: Expectation | None) -> list[str]:
-    """That a runtime multiplies quantised weights with inputs that it rounds to int8, where that is not expected."""
-    block = candidate.expectation.arithmetic.block
-    if block is None or expectation is None or expectation.arithmetic.block == block:
+    """That a runtime multiplies quantised weights with inputs that it rounds to 8 bits, where that is not expected."""
+    said = candidate.expectation.arithmetic
+    if expectation is None:
         return []
-    asks = ASKS.get(candidate.runtime, "its kernels for quantised weights do so")
+    if said.together and not expectation.arithmetic.together:
+        how = "uint8 with one scale for all that is fed together (the graph's DynamicQuantizeLinear asks for it)"
+    elif said.block is not None and said.block != expectation.arithmetic.block:
+        asks = ASKS.get(candidate.runtime, "its kernels for quantised weights do so")
+        how = f"int8 in blocks of {said.block} ({asks})"
+    else:
+        return []
     return [
-        f"{candidate.runtime}: inputs of products are rounded to int8 in blocks of {block} ({asks}); --expect {AUTO} "
-        "takes that for its arithmetic"
+        f"{candidate.runtime}: inputs of products are rounded to {how}; --expect {AUTO} takes that for its arithmetic"
     ]
+
+
+def notes_on_graph(file: OnnxFile) -> list[str]:
+    """What a graph rounds besides its weights that no reference rounds."""
+    names = {name.rpartition(".")[2] for name in file.operators}
+    some = bool(names & set(ROUNDING_TOGETHER)) and not file.rounds_together
+    return [UINT8] * some + [FIXED] * bool(names & set(FIXED_BY))

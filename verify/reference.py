@@ -18,8 +18,7 @@ from refengine.weights import Weights
 from verify.arithmetic import FLOAT32, Arithmetic
 from verify.noise import PLAIN_POSITIONS, Noise, Plain, rms
 from verify.opened import open_weights
-
-TOKENS_A_PASS = 512  # bounds the logits held at a time
+from verify.rows_alone import TOKENS_A_PASS, held, rows_anew, rows_in_steps
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,15 @@ class Reference:
             orders = {name: ops_for(self.scheme, ops) for name, ops in orders.items()}
         return self.arithmetic.weights(self.checkpoint), orders
 
+    def as_fed(
+        self, weights: Weights, prompts: Rows, tokens: Rows, ops: Ops
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Like `one_pass`, in the passes that the arithmetic is of, where it depends on them."""
+        if not self.arithmetic.together:
+            return one_pass(weights, prompts, tokens, self.scheme, ops)
+        read = rows_anew if self.arithmetic.anew else rows_in_steps
+        return read(weights, prompts, tokens, self.scheme, ops)
+
     def run(self, prompts: Rows, max_new_tokens: int, guess: Rows | None = None) -> ReferenceRun:
         """The reference's greedy run of `prompts`, `max_new_tokens` each, going on past end tokens.
 
@@ -123,7 +131,7 @@ class Reference:
         errors: dict[str, list[np.ndarray]] = {"lm_head": [], **{name: [] for name in caches64}}
         for order, ops in orders.items():
             self.on_progress(f"the reference in {self.arithmetic.name} ({order})")
-            logits_PV, caches = one_pass(weights, prompts, tokens, self.scheme, ops)
+            logits_PV, caches = self.as_fed(weights, prompts, tokens, ops)
             difference_PV = logits_PV - logits64_PV
             errors["lm_head"].append(rms(difference_PV, axis=-1))
             np.maximum(flips_P, np.abs(difference_PV).max(axis=-1), out=flips_P)
@@ -186,13 +194,7 @@ def one_pass(
     for columns in _columns(positions_BT, len(tokens[0]), scheme):
         logits_BTV = forward(weights, token_ids_BT[:, columns], positions_BT[:, columns], cache, ops=ops)
         logits_PV[place_BT[:, columns][there_BT[:, columns]]] = logits_BTV[there_BT[:, columns]]
-    caches = {}
-    for layer in range(weights.config.num_hidden_layers):
-        for name, x_BKSH in zip("kv", cache.read(layer, weights.dtype), strict=True):
-            caches[f"layers.{layer}.self_attn.{name}_cache"] = x_BKSH.swapaxes(1, 2)[there_BT].reshape(
-                len(logits_PV), -1
-            )
-    return logits_PV, caches
+    return logits_PV, held(cache, weights.dtype)
 
 
 def _columns(positions_BT: np.ndarray, new_tokens: int, scheme: Scheme | None) -> list[slice]:

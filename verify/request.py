@@ -58,11 +58,14 @@ class Request:
 def request_for(candidate: Opened, request: Request) -> Request:
     """The request as this candidate can meet it: static batches of the number of rows that it takes, or of one.
 
+    Rows whose inputs share a scale are not decoded together: none of them would give what it gives alone.
     Rows of different lengths need padding in front, in the past too where they join a running batch. A cache that codes
     neighbours in time together codes padding with them, and what that holds is nobody's business but the runtime's.
     """
     if candidate.interface.batch_size is not None:
         return replace(request, batching="static", batch_size=candidate.interface.batch_size)
+    if request.most_rows > 1 and _shares_a_scale(candidate, request):
+        return replace(request, batching="static", batch_size=1)
     ragged = request.batching == "continuous" or len(set(request.lengths)) > 1
     scheme = (request.expectation or candidate.expectation).scheme
     padding_matters = scheme is not None and scheme.groups_tokens
@@ -89,6 +92,8 @@ def notes_on(candidate: Opened, request: Request) -> list[str]:
     why = "the export cannot be told of left padding, so its prompts were run one by one"
     if candidate.can_pad_left:
         why = "its cache would code padding together with tokens, so its prompts were run one by one"
+    if _shares_a_scale(candidate, request):
+        why = "all that it is fed together shares a scale, so its prompts were run one by one"
     if met.most_rows == request.most_rows:
         why = "the export keeps its past to itself, so that no row can join or leave: it was run in static batches"
     if candidate.interface.batch_size is not None:
@@ -96,6 +101,12 @@ def notes_on(candidate: Opened, request: Request) -> list[str]:
         rows = "one row" if met.most_rows == 1 else f"{met.most_rows} rows"
         why = f"it takes {rows} at a time and no other number{instead}"
     return [*notes, f"{candidate.runtime}: {why}"]
+
+
+def _shares_a_scale(candidate: Opened, request: Request) -> bool:
+    """Whether what is fed together is rounded together, by the candidate or in what it is held against."""
+    asked = request.expectation
+    return candidate.expectation.arithmetic.together or (asked is not None and asked.arithmetic.together)
 
 
 def not_revealed(config: Config, request: Request, padded: bool) -> list[str]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from refengine.checkpoint import open_checkpoint
@@ -42,6 +43,28 @@ def test_an_export_is_equal_with_its_cache_and_without_it_row_by_row(compared: C
     for cell in found.values():
         assert len(cell.noise_ratio.cache) == 24
         assert not cell.noise_ratio.cache_beyond
+
+
+def test_layers_that_keep_a_window_alone_are_judged_by_what_they_give(tmp_path: Path) -> None:
+    """The model builder's export of a Mistral with `layer_types`, and its usual cache."""
+    path = Path(shutil.copytree(FIXTURES / "exports" / "mistral-genai-window", tmp_path / "export"))
+    model = onnx.load(path / "model.onnx")
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            node.attribute.append(onnx.helper.make_attribute("sliding_window_cache", 1))
+    onnx.save(model, path / "model.onnx")
+    config = json.loads((path / "genai_config.json").read_text())
+    config["model"]["decoder"]["sliding_window"] = {
+        "window_size": 13,
+        "slide_key_value_cache": False,
+        "slide_inputs": False,
+        "layers": [0, 1, 2, 3, 4],
+        "cache_slack": 0,
+    }
+    (path / "genai_config.json").write_text(json.dumps(config))
+    mistral = Compared(open_checkpoint(FIXTURES / "tiny_mistral"), [list(range(40, 60)), [200, 31, 7]], 12)
+    for cell in mistral.cells(path, "genai").values():
+        assert (cell.verdict, cell.reason, cell.noise_ratio.cache) == ("equal", None, {})
 
 
 def test_weights_in_int4_are_not_equal_to_the_checkpoint(compared: Compared) -> None:

@@ -182,6 +182,14 @@ def test_the_worst_place_of_a_cache_is_named_with_row_and_position(run, referenc
     assert verdict == "equal"
 
 
+def test_where_arithmetic_is_so_coarse_that_logits_hide_it_keys_and_values_are_judged_too(run, reference):
+    point = "layers.0.self_attn.k_cache"
+    rows = [array + 1e-4 for array in run.caches[point]]
+    spoilt = replace(run, caches={**run.caches, point: rows})
+    assert [judge(spoilt, reference, coarse=coarse)[0] for coarse in (False, True)] == ["equal", "drift"]
+    assert judge(run, reference, coarse=True)[0] == "equal"
+
+
 def test_logits_of_the_last_positions_alone_are_held_against_those(run, reference):
     new = len(reference.tokens[0])
     _, _, all_of_them = judge(run, reference)

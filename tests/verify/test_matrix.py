@@ -67,6 +67,9 @@ TABLE = (
     mistral("mistral-community/onnx/model_fp16.onnx", ("ort-cpu", "ort-openvino"), *ROUNDED),
     mistral("mistral-community/onnx/model_q4.onnx", ("ort-cpu", "ort-openvino"), *ROUNDED),
     mistral("mistral-community/onnx/model_q4f16.onnx", ("ort-cpu",), *ROUNDED),
+    mistral("mistral-community/onnx/model_bnb4.onnx", ("ort-cpu",), *ROUNDED),
+    mistral("mistral-community/onnx/model_quantized.onnx", ("ort-cpu",), *ROUNDED),
+    mistral("mistral-community/onnx/model_uint8.onnx", ("ort-openvino",), *ROUNDED),
     mistral("mistral-legacy", ("ort-cpu", "ort-openvino"), EQUAL),
     mistral("mistral-genai-window", ("ort-cpu", "ort-openvino"), EQUAL),
     # The model builder 0.18 leaves out the window of a Mistral whose config.json has no layer_types.

@@ -191,6 +191,23 @@ def test_nothing_is_explained_when_query_and_key_value_heads_are_as_many():
     assert explain_failure("Got: 2 Expected: 2", alike) == ""
 
 
+def test_an_ir_is_refused_with_the_runtime_that_runs_it():
+    ir = Path(__file__).parents[2] / "fixtures" / "exports" / "optimum-intel" / "openvino_model.xml"
+    with pytest.raises(InputError, match=r"expected an \.onnx file, .*; an OpenVINO IR is run by --runtime openvino$"):
+        OrtCandidate.open(ir, "ort-cpu", {}, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Unrecognized attribute: sliding_window_cache for operator GroupQueryAttention",
+        "sliding_window_cache: KV cache capacity (0) must be at least local_window_size (13).",
+    ],
+)
+def test_a_cache_that_goes_round_is_explained_with_what_can_run_it(message):
+    assert "compare with --runtime genai, or build it with" in explain_failure(message, CONFIG)
+
+
 def test_a_head_size_worked_out_from_the_hidden_size_is_recognised():
     explained = explain_failure("Got: 6 Expected: 10", CONFIG)
     assert explained.startswith("6 is hidden_size / num_attention_heads and 10 the checkpoint's head_dim")

@@ -210,24 +210,21 @@ def test_weights_that_are_not_finite_are_no_reason_to_fail(alone, int4):
 
 
 def test_weights_that_cannot_be_read_back_are_said_to_be_so(tiny, tmp_path):
-    node = helper.make_node("MatMulBnb4", ["x"], ["y"], "odd", domain="com.microsoft")
+    node = helper.make_node("MatMulFpQ4", ["x"], ["y"], "odd", domain="com.microsoft")
     x, y = (helper.make_tensor_value_info(name, 1, [1]) for name in "xy")
     onnx.save(helper.make_model(helper.make_graph([node], "g", [x], [y])), tmp_path / "model.onnx")
     own, (note,) = read_weights(tiny, describe_candidate(tmp_path))
     assert own is None
-    assert "weights of MatMulBnb4 cannot be read back" in note
-
-
-def test_inputs_that_share_a_scale_with_others_are_named():
-    mistral = open_checkpoint(FROZEN.parent / "tiny_mistral")
-    own, (note,) = read_weights(mistral, describe_candidate(COMMUNITY / "model_quantized.onnx"))
-    assert (own.stored_as, own.is_faithful) == ("int8", True)
-    assert "one scale for all that is fed together" in note
+    assert "weights of MatMulFpQ4 cannot be read back" in note
 
 
 @pytest.mark.parametrize(
     ("file", "named"),
-    [("model_q4.onnx", "int4-weights"), ("model_q4f16.onnx", "int4-weights+float16")],
+    [
+        ("model_q4.onnx", "int4-weights"),
+        ("model_q4f16.onnx", "int4-weights+float16"),
+        ("model_bnb4.onnx", "int4-weights"),
+    ],
 )
 def test_community_exports_in_four_bits_are_right_for_what_they_say_they_are(file, named):
     mistral = open_checkpoint(FROZEN.parent / "tiny_mistral")

@@ -286,3 +286,15 @@ def test_one_output_of_a_fused_projection_that_is_anothers_is_told_where_it_is(m
     width = TINY["intermediate_size"]
     assert (found.name, found.relation) == (GATE_UP[1], "changed")
     assert found.detail == f"outputs {width} to {2 * width - 1} of {2 * width}; numbers that differ: {len(up)}"
+
+
+@pytest.mark.parametrize(("lost", "damage"), [(0, np.zeros_like), (1, np.zeros_like), (1, lambda up: up[:, ::-1] * 3)])
+def test_what_has_nothing_of_a_fused_projections_part_is_in_the_rows_that_are_left(make, lost, damage):
+    export = make()
+    parts = [export.read(name) for name in GATE_UP]
+    parts[lost] = damage(parts[lost])
+    fuse(export, np.concatenate(parts, axis=1))
+    (found,) = export.different().values()
+    width = TINY["intermediate_size"]
+    assert (found.name, found.relation) == (GATE_UP[lost], "changed")
+    assert found.detail.startswith(f"outputs {lost * width} to {lost * width + width - 1} of {2 * width}")

@@ -9,21 +9,15 @@ import onnxruntime as ort
 import openvino
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from openvino import opset13
 
-from refengine.checkpoint import open_checkpoint
 from refengine.errors import InputError
-from tests.checkpoints import TINY, write_checkpoint
 from verify.candidates.onnx_weights import onnx_weights
 from verify.candidates.openvino_weights import ir_weights
-from verify.export import export_decoder
-from verify.inspection import inspect_weights
 from verify.weights.relation import Compared, compare_values
 from verify.weights.stored import StoredWeight, Values, dequantised
 
 OUTPUTS, INPUTS = 24, 50  # blocks of 16 leave a short one at the end of each row
-MATRICES = 7 * TINY["num_hidden_layers"] + 1
 
 
 def random(seed: int = 0, rows: int = OUTPUTS, columns: int = INPUTS) -> np.ndarray:
@@ -71,6 +65,22 @@ def test_blocks_of_matmulnbits_are_read_as_onnxruntime_reads_them(tmp_path, bits
     expected = run_on_onnxruntime(tmp_path / "m.onnx", INPUTS).T
     # code * scale less zero point * scale there, so that numbers near zero lose digits.
     np.testing.assert_allclose(weight.read().values_RC, expected, rtol=1e-6, atol=2.0 ** (bits - 22))
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["fp4", "nf4"])
+def test_codes_of_bitsandbytes_are_read_as_onnxruntime_reads_them(tmp_path, kind):
+    rng = np.random.default_rng(kind)
+    numbers = OUTPUTS * INPUTS  # no whole number of blocks in a row
+    constants = {
+        "B": rng.integers(0, 256, -(-numbers // 2), np.uint8),
+        "absmax": rng.random(-(-numbers // 16), np.float32),
+    }
+    sizes = {"K": INPUTS, "N": OUTPUTS, "quant_type": kind, "block_size": 16}
+    node = helper.make_node("MatMulBnb4", ["x", *constants], ["y"], domain="com.microsoft", **sizes)
+    weight = single(tmp_path / "m.onnx", [node], INPUTS, **constants)
+    assert (weight.shape, weight.bits, weight.block, weight.outputs_in_rows) == ((OUTPUTS, INPUTS), 4, 16, True)
+    expected = run_on_onnxruntime(tmp_path / "m.onnx", INPUTS).T
+    np.testing.assert_allclose(weight.read().values_RC, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "uint8"])
@@ -125,22 +135,6 @@ def test_dequantizelinear_is_read_as_onnxruntime_reads_it(tmp_path, dtype, form)
     expected = run_on_onnxruntime(tmp_path / "m.onnx", 1)
     values = weight.read().values_RC
     np.testing.assert_array_equal(values.T if form in ("per column", "blocks of columns") else values, expected)
-
-
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("dtype", [QuantType.QInt8, QuantType.QUInt8])
-def test_onnxruntimes_own_dynamic_quantiser_is_honest(tmp_path, per_channel, dtype):
-    model, checkpoint = tiny_export(tmp_path)
-    quantize_dynamic(model, tmp_path / "q.onnx", per_channel=per_channel, weight_type=dtype)
-    report = inspect_weights(checkpoint, tmp_path / "q.onnx")
-    assert report.is_faithful
-    assert report.counts["quantised"] == MATRICES + 1  # the embedding too
-
-
-def tiny_export(directory: Path):
-    checkpoint = open_checkpoint(write_checkpoint(directory / "checkpoint"))
-    export_decoder(checkpoint, directory / "model.onnx")
-    return directory / "model.onnx", checkpoint
 
 
 @pytest.mark.parametrize("dtype", ["u8", "i8", "u4", "i4"])
@@ -220,8 +214,8 @@ def test_numbers_beyond_half_a_step_are_counted():
 
 
 def test_weights_in_a_format_that_is_not_read_back_are_refused_rather_than_missing(tmp_path):
-    node = helper.make_node("MatMulBnb4", ["x", "B", "absmax"], ["y"], domain="com.microsoft")
-    with pytest.raises(InputError, match="weights of MatMulBnb4 cannot be read back"):
+    node = helper.make_node("MatMulFpQ4", ["x", "B", "shape"], ["y"], domain="com.microsoft")
+    with pytest.raises(InputError, match="weights of MatMulFpQ4 cannot be read back"):
         single(tmp_path / "m.onnx", [node], INPUTS)
     x = opset13.parameter([48, 48], np.float32)
     codes = openvino.op.Constant(openvino.Type.nf4, openvino.Shape([48, 48]), [0.0] * 48 * 48)
@@ -229,6 +223,14 @@ def test_weights_in_a_format_that_is_not_read_back_are_refused_rather_than_missi
     openvino.serialize(model, tmp_path / "m.xml")
     with pytest.raises(InputError, match="weights stored as nf4 cannot be read back"):
         list(ir_weights(tmp_path / "m.xml"))
+
+
+def test_codes_of_bitsandbytes_that_do_not_fit_their_scales_are_refused_in_one_line(tmp_path):
+    constants = {"B": np.zeros(600, np.uint8), "absmax": np.ones(7, np.float32)}
+    sizes = {"K": INPUTS, "N": OUTPUTS, "quant_type": 0, "block_size": 16}
+    node = helper.make_node("MatMulBnb4", ["x", *constants], ["y"], domain="com.microsoft", **sizes)
+    with pytest.raises(InputError, match=r"its parts do not fit together .* found 600 and 7"):
+        single(tmp_path / "m.onnx", [node], INPUTS, **constants).read()
 
 
 @pytest.mark.parametrize(("bits", "scales"), [(3, 96), (4, 95)])

@@ -19,6 +19,7 @@ NOISE = (  # of ONNX Runtime: its prefix, the path that is said anyway, and wher
     r"^.*\[OpenVINO-EP\] ",
     r"/\S+\.(?:cc|h):\d+ (?:[^()]{0,60}onnxruntime::[^()]*\([^()]*\) )?",
 )
+RING = "sliding_window_cache"  # of GroupQueryAttention
 LONGEST = 400  # characters of a runtime's own words
 
 
@@ -34,7 +35,12 @@ def in_words(message: str, config: Config | None) -> str:
 
 
 def explain_failure(message: str, config: Config) -> str:
-    """What two sizes that do not fit, in a runtime's message, say of the export; empty for nothing."""
+    """What a runtime's message says of the export, mostly two sizes that do not fit; empty for nothing."""
+    if RING in message:
+        return (
+            "its layers keep a window of keys and values in a buffer that goes round, which onnxruntime-genai's own "
+            "loop sets up: compare with --runtime genai, or build it with --extra_options windowed_kv_cache=false"
+        )
     found = [match.groups() for match in TWO_SIZES.finditer(message)]
     sizes = {frozenset(int(size) for size in groups if size) for groups in found}
     shapes = [tuple(int(size) for size in shape.split(",")) for shape in SHAPE.findall(message)]

@@ -16,7 +16,7 @@ from verify.candidates.explain import in_words
 from verify.candidates.library import Sizes, check_options, keeps_its_past, positive
 from verify.candidates.onnx_file import GENAI_CONFIG, describe, find_onnx
 from verify.errors import NoVerdict, RuntimeMissing
-from verify.expect import EXACT, Expectation, expectations, int8_activations, joined
+from verify.expect import EXACT, TOGETHER, Expectation, expectations, int8_activations, joined
 from verify.feeds import CACHE_POINTS, check_logits
 
 INSTALL = 'pip install "tokenproof[genai]"'
@@ -107,6 +107,8 @@ class GenaiCandidate:
         except RuntimeMissing:
             return EXACT
         narrow = expectations()["float16"] if file.product_dtype == "float16" else EXACT
+        if file.rounds_together:
+            return joined(narrow, TOGETHER)
         return joined(narrow, int8_activations(file.int8_block)) if file.int8_block else narrow
 
     def run(self, token_ids_BT: np.ndarray, positions_BT: np.ndarray, past: Past | None = None) -> Step:
@@ -143,11 +145,9 @@ class GenaiCandidate:
         return Step(logits_BTV, self._last)
 
     def caches(self, past: Past) -> dict[str, np.ndarray]:
-        """Keys and values after the last step, `x_BKSH` by trace point; none where it keeps a window of them alone."""
+        """Keys and values after the last step, `x_BKSH` by trace point, of layers that keep them all."""
         slots = past.positions_BS.shape[1]
         found = {point: self._generator.get_output(name) for point, name in self._described.cache.items()}
-        if any(x_BKSH.shape[2] < slots for x_BKSH in found.values()):
-            return {}
         return {point: np.array(x_BKSH[:, :, :slots]) for point, x_BKSH in found.items()}
 
     def _go_on(self, tokens: list[int], length: int) -> None:
@@ -165,7 +165,10 @@ class GenaiCandidate:
 
 @dataclass(frozen=True)
 class Described:
-    """What a `genai_config.json` says: sizes, names of outputs (the cache's by trace point), and other settings."""
+    """What a `genai_config.json` says: sizes, names of outputs, and other settings.
+
+    Of the cache, names of outputs by trace point, for layers that keep more than a window.
+    """
 
     sizes: Sizes
     logits: str
@@ -189,13 +192,16 @@ def _described(directory: Path) -> Described:
         )
         outputs = decoder["outputs"]
         patterns = outputs["present_key_names"], outputs["present_value_names"]
+        windowed = decoder.get("sliding_window") or {"layers": ()}
         cache = {
             f"layers.{layer}.self_attn.{point}": pattern % layer
             for layer in range(sizes.layers)
+            if layer not in windowed.get("layers", range(sizes.layers))
             for point, pattern in zip(CACHE_POINTS, patterns, strict=True)
         }
         settings = {
             "session_options": decoder.get("session_options"),
+            "sliding_window": decoder.get("sliding_window"),
             "past_present_share_buffer": search.get("past_present_share_buffer"),
         }
         return Described(sizes, outputs["logits"], cache, settings)

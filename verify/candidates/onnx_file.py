@@ -14,12 +14,14 @@ from verify.candidates.onnx_checks import check_names, check_types, external_fil
 from verify.candidates.onnx_graph import (
     WeightTotal,
     attention_width,
+    constants,
     declared,
     declared_heads,
     every_node,
     every_tensor,
     int8_block,
     product_dtype,
+    rounds_together,
     stored_dtype,
     weight_totals,
 )
@@ -59,6 +61,7 @@ class OnnxFile:
         attention_width: num_attention_heads * head_dim, where the shape of `o_proj` shows it.
         product_dtype: the float dtype that linear maps compute in, where it is one.
         int8_block: how many inputs of a product share a scale, where the graph asks for inputs rounded to int8.
+        rounds_together: products take inputs that were rounded to uint8, with one scale for all that is fed together.
         with_past: the file beside it that goes on from its present, where an older exporter made two.
     """
 
@@ -75,6 +78,7 @@ class OnnxFile:
     attention_width: int | None
     product_dtype: str | None
     int8_block: int | None
+    rounds_together: bool
     with_past: "OnnxFile | None" = None
 
     def query_heads(self, head_dim: int | None) -> int | None:
@@ -102,7 +106,8 @@ def find_onnx(path: str | Path) -> Path:
         raise InputError(f"{path}: no such file or directory; expected an .onnx file or a directory with one")
     if path.is_file():
         if path.suffix != ".onnx":
-            raise InputError(f"{path}: expected an .onnx file, found one called {path.name}")
+            instead = "; an OpenVINO IR is run by --runtime openvino" if path.suffix == ".xml" else ""
+            raise InputError(f"{path}: expected an .onnx file, found one called {path.name}{instead}")
         return _first_half(path)
     places = [path / place for place in (*_decoder_of_genai_config(path), *USUAL_PLACES)]
     usual = next((place for place in places if place.is_file()), None)
@@ -181,6 +186,7 @@ def _described(path: Path) -> OnnxFile:
         attention_width=attention_width(nodes, shapes),
         product_dtype=product_dtype(nodes, {tensor.name: stored_dtype(onnx, tensor.data_type) for tensor in tensors}),
         int8_block=int8_block(nodes),
+        rounds_together=rounds_together(nodes, constants(model)),
     )
 
 

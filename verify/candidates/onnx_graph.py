@@ -1,7 +1,7 @@
 """What the graph of an ONNX model holds: nodes and weights wherever they are, and its attention's width."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ HEADS_ATTRIBUTES = ("num_heads", "q_num_heads")  # of com.microsoft's attention 
 LINEAR = ("MatMul", "Gemm", "MatMulInteger", "MatMulNBits")
 BETWEEN = ("Transpose", "Cast", "DequantizeLinear", "Identity")  # may stand between a weight and its product
 INT8_ACCURACY = 4  # accuracy_level of MatMulNBits
+# What makes uint8 of all inputs of a product, with one scale; the second multiplies too.
+ROUNDING_TOGETHER = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul")
 BITS: Mapping[str, int] = {
     "int4": 4,
     "uint4": 4,
@@ -136,6 +138,24 @@ def int8_block(nodes: Iterable["NodeProto"]) -> int | None:
     return asked.pop() if len(asked) == 1 else None
 
 
+def rounds_together(nodes: Sequence["NodeProto"], constant: Collection[str]) -> bool:
+    """Whether products with constants take inputs rounded to uint8, with one scale for all that is fed together.
+
+    All of them have to, but for one: exporters may spare the head.
+    """
+    rounding, multiplying = ROUNDING_TOGETHER
+    producers = {name: node for node in nodes for name in node.output}
+    rounded = {name for name, node in producers.items() if node.op_type == rounding}
+    taken = [
+        node.op_type == multiplying or node.input[0] in rounded
+        for node in nodes
+        if node.op_type in (*LINEAR, multiplying)
+        and len(node.input) > 1
+        and _from(node.input[1], producers) in constant
+    ]
+    return sum(taken) > 1 >= len(taken) - sum(taken)
+
+
 def product_dtype(nodes: Iterable["NodeProto"], dtypes: Mapping[str, np.dtype]) -> str | None:
     """The float dtype that linear maps compute in, as their weights or the scales of those have it; None: several.
 
@@ -171,6 +191,15 @@ def _bodies(node: "NodeProto") -> list["GraphProto"]:
     return alone + [graph for attribute in node.attribute for graph in attribute.graphs]
 
 
+def _from(name: str, producers: Mapping[str, "NodeProto"]) -> str:
+    """The tensor that one is, but for what may stand between a weight and its product."""
+    for _ in BETWEEN:  # each of them at most once: a damaged graph may go round in circles
+        if name not in producers or producers[name].op_type not in BETWEEN or not producers[name].input:
+            break
+        name = producers[name].input[0]
+    return name
+
+
 def _is_o_proj(node: "NodeProto") -> bool:
     if node.op_type not in LINEAR or len(node.input) < 2:
         return False
@@ -194,3 +223,21 @@ def _input_width(
         name = producers[name].input[0] if producers[name].input else ""
     shape = shapes.get(name, ())
     return shape[1 if is_transposed else 0] if len(shape) == 2 else None
+
+
+def has_graphs(node: "NodeProto") -> bool:
+    """Whether it has branches, or is a loop."""
+    return any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute)
+
+
+def read_by(node: "NodeProto") -> list[str]:
+    """Names of what a node reads, its inputs first, and then what its branches or its body take from outside."""
+    names = list(node.input)
+    for attribute in node.attribute:
+        for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+            inside = {value.name for value in (*graph.input, *graph.initializer)}
+            for each in graph.node:
+                names += [name for name in read_by(each) if name and name not in inside and name not in names]
+                inside |= set(each.output)
+            names += [each.name for each in graph.output if each.name not in inside and each.name not in names]
+    return names

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from refengine.errors import InputError
+from verify.candidates.bnb4 import KINDS, bnb4_values
 from verify.candidates.onnx_file import parsed
 from verify.candidates.onnx_graph import BITS, constants, every_node, numbers_of, stored_dtype
 from verify.weights.stored import StoredWeight, Values, dequantised, refused_unless_whole, unpacked
@@ -29,9 +30,14 @@ CODED: Mapping[str, tuple[int, int, int]] = {
     "DequantizeLinear": (0, 1, 2),
     "DynamicQuantizeMatMul": (1, 2, 3),
     "MatMulIntegerToFloat": (1, 3, 5),
+    "QLinearMatMul": (3, 4, 5),
 }
-UNREAD = ("MatMulBnb4", "MatMulFpQ4", "QLinearMatMul")  # with weights that are not read back here
-COLUMNS = ("MatMul", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")  # (inputs, outputs) weights
+UNREAD = ("MatMulFpQ4",)  # with weights that are not read back here
+# Of (inputs, outputs) weights, the input that is one.
+COLUMNS: Mapping[str, int] = {
+    **dict.fromkeys(("MatMul", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"), 1),
+    "QLinearMatMul": 3,
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def _outputs_in_rows(node: "NodeProto", name: str) -> bool | None:
         return not attributes.get("axis", 0)
     if node.op_type == "Gemm" and name == node.input[1]:
         return bool(attributes.get("transB"))
-    return False if node.op_type in COLUMNS and name == node.input[1] else None
+    return False if node.op_type in COLUMNS and name == node.input[COLUMNS[node.op_type]] else None
 
 
 def onnx_weights(path: Path) -> Iterator[StoredWeight]:
@@ -111,6 +117,10 @@ def _weights(path: Path) -> Iterator[StoredWeight]:
     for node in every_node(model):
         if node.op_type in UNREAD:
             raise ValueError(f"{node.name}: weights of {node.op_type} cannot be read back")
+        if node.op_type == "MatMulBnb4" and {node.input[1], node.input[2]} <= set(graph.tensors):
+            taken |= {node.input[1], node.input[2]}
+            yield _bnb4(graph, node)
+            continue
         coded = _integer_product(graph, node) if node.op_type == "MatMulInteger" else _coded(graph, node)
         if coded is not None:
             taken |= {name for name in coded if name is not None}
@@ -204,6 +214,20 @@ def _in_blocks(
         True,
         lambda: read(graph, shape, bits, block, codes, scale, zero_point),
     )
+
+
+def _bnb4(graph: _Graph, node: "NodeProto") -> StoredWeight:
+    """The weight of MatMulBnb4: its rows are outputs."""
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    shape, block, kind = (attributes["N"], attributes["K"]), attributes["block_size"], attributes["quant_type"]
+    codes, largest = node.input[1:3]
+    if kind not in KINDS or block < 1:
+        raise ValueError(f"{node.name}: quant_type {kind} in blocks of {block}; expected 0 or 1, and blocks")
+
+    def read() -> Values:
+        return bnb4_values(graph.of(codes), graph.of(largest), shape, block, kind)
+
+    return StoredWeight(codes, shape, KINDS[kind][0], 4, block, graph.use_of(codes).names, True, read)
 
 
 def _packed(

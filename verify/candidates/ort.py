@@ -15,6 +15,7 @@ from verify.candidates.onnx_file import OnnxFile, describe
 from verify.candidates.ort_session import (
     CPU,
     OPENVINO,
+    Level,
     errors,
     open_session,
     openvino_precision,
@@ -22,7 +23,7 @@ from verify.candidates.ort_session import (
     refuse_idle_provider,
 )
 from verify.errors import NoVerdict
-from verify.expect import EXACT, Expectation, expectations, int8_activations, joined
+from verify.expect import EXACT, TOGETHER, Expectation, expectations, int8_activations, joined
 from verify.feeds import caches, check_logits, feed, next_past
 from verify.interface import Interface, check_halves, check_same_model, interface_of
 
@@ -99,12 +100,14 @@ class OrtCandidate:
         """What its graph asks for, and of OpenVINO its options.
 
         A graph may compute in float16, and ask that inputs of products with quantised weights become int8, as ONNX
-        Runtime's own kernels do.
+        Runtime's own kernels do; where it rounds them to uint8 itself, any provider has to.
         """
         known, provider = expectations(), provider_of(self.runtime)[0]
         precision = openvino_precision(self.settings.requested) if provider == OPENVINO else None
         narrow = known[precision or ("float16" if self.file.product_dtype == "float16" else EXACT.name)]
         block = self.file.int8_block
+        if self.file.rounds_together:
+            return joined(narrow, TOGETHER)
         return joined(narrow, int8_activations(block)) if provider == CPU and block else narrow
 
     @property
@@ -151,37 +154,36 @@ class OrtCandidate:
 
     def reopened(
         self,
-        source: Path | bytes | None = None,
+        sources: Sequence[Path | bytes] = (),
         runtime: str | None = None,
         provider_options: Mapping[str, str] | None = None,
         *,
-        optimised: bool = True,
+        level: Level = "all",
     ) -> "OrtCandidate":
         """The same export, opened once more as it was, but for what is given.
 
         Args:
-            source: a copy of its graph, or the bytes of one, whose weights lie beside the export.
+            sources: for each of its graphs a copy, or the bytes of one, whose weights lie beside the export; or two,
+                of which the second goes on from a past, of one graph that does both.
             runtime: another one, with `provider_options`.
-            optimised: whether ONNX Runtime may change the graph.
+            level: how far ONNX Runtime may change the graphs.
 
         Raises:
-            NoVerdict: it is of two graphs, or cannot be opened like that.
+            NoVerdict: it cannot be opened like that.
         """
-        if len(self._opened) > 1:
-            raise NoVerdict(f"{self.path}: this decoder is of two graphs, of which neither alone is looked into")
         options = self.settings.requested if runtime is None else provider_options or {}
         reuse = "enable_mem_reuse" not in self.settings.effective.get("session", {})
-        session, settings = open_session(
-            self.file,
-            runtime or self.runtime,
-            options,
-            self._config,
-            reuse_memory=reuse,
-            source=source,
-            optimised=optimised,
-        )
-        opened = _Opened(self.file, self.interface, session)
-        return OrtCandidate(runtime or self.runtime, [opened], settings, self._config)
+        runtime = runtime or self.runtime
+        opened, told = [], []
+        used: Sequence[Path | bytes | None] = sources or [None] * len(self._opened)
+        graphs = self._opened if len(used) == len(self._opened) else [self._opened[0]] * len(used)
+        for one, source in zip(graphs, used, strict=True):
+            session, settings = open_session(
+                one.file, runtime, options, self._config, reuse_memory=reuse, source=source, level=level
+            )
+            opened.append(replace(one, session=session))
+            told.append(settings)
+        return OrtCandidate(runtime, opened, _together(told), self._config)
 
     def with_session(self, wrap: Callable[[Any], Any]) -> "OrtCandidate":
         """The same with another session around its own."""

@@ -1,7 +1,7 @@
 """Where in one stored weight a checkpoint's tensor is: which way round, and in which rows."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -65,6 +65,14 @@ def locate(tensor_OI: np.ndarray, weight: StoredWeight, factors: tuple[float, ..
     if best is None:
         raise ValueError(f"{weight.name}: a tensor of {tensor_OI.shape} does not fit into {weight.shape}")
     return best
+
+
+def at_rows(found: Found, tensor_OI: np.ndarray, rows: np.ndarray) -> Found:
+    """A tensor in other rows of the weight that it was looked for in."""
+    stored = found.weight.read()
+    values = stored if found.in_rows else stored.transposed()
+    compared = compare_values(tensor_OI, values, rows)
+    return replace(found, compared=compared, rows=rows, is_turned=False, factor=1.0)
 
 
 def _merit(found: Found) -> tuple[bool, int, bool, float]:

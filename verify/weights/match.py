@@ -5,7 +5,7 @@ never by a name or an order. Numbers that are not in their place are looked for 
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +14,7 @@ import numpy as np
 from refengine.checkpoint import Checkpoint
 from refengine.weights import EMBEDDING, HEAD, expected_shapes
 from verify.report.weights import RowOrder, TensorRelation
-from verify.weights.locate import Found, fits, locate
+from verify.weights.locate import Found, at_rows, fits, locate
 from verify.weights.places import places
 from verify.weights.sketch import nearest, sketch
 from verify.weights.stored import StoredWeight
@@ -40,7 +40,8 @@ def match(checkpoint: Checkpoint, weights: Sequence[StoredWeight]) -> tuple[Matc
     shapes = dict(expected_shapes(checkpoint.config))
     if HEAD not in shapes and search.at_home(HEAD, shapes[EMBEDDING]):
         shapes[HEAD] = shapes[EMBEDDING]
-    return tuple(search.matched(name, shape) for name, shape in shapes.items())
+    found = {name: search.matched(name, shape) for name, shape in shapes.items()}
+    return tuple(search.in_what_is_left(name, shapes[name], found) for name in found)
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ class _Search:
 
     def matched(self, name: str, shape: tuple[int, ...]) -> Matched:
         """What became of one tensor; the worst of it where several weights serve its place."""
-        tied = name == HEAD and name not in self.checkpoint.names
-        tensor_OI = self.checkpoint.tensor(EMBEDDING if tied else name).reshape(_as_matrix(shape))
+        tensor_OI = self._tensor(name, shape)
         factors, head_dim = self._factors(name), self.checkpoint.config.head_dim
         found = [locate(tensor_OI, weight, factors) for weight in self.at_home(name, shape)]
         if found:
@@ -86,6 +86,22 @@ class _Search:
         misplaced = self._elsewhere(tensor_OI, self.weights, factors)
         where = f"its numbers are in {misplaced.weight.name} alone" if misplaced and misplaced.is_faithful else ""
         return Matched(TensorRelation(name, "missing", detail=where), None)
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        tied = name == HEAD and name not in self.checkpoint.names
+        return self.checkpoint.tensor(EMBEDDING if tied else name).reshape(_as_matrix(shape))
+
+    def in_what_is_left(self, name: str, shape: tuple[int, ...], others: Mapping[str, Matched]) -> Matched:
+        """A tensor of whose numbers a fused weight has none, in the rows that hold no other tensor."""
+        matched = others[name]
+        found = matched.found
+        if found is None or found.is_faithful or found.outputs == len(found.rows):
+            return matched
+        left = np.setdiff1d(np.arange(found.outputs), _rows_of_others(found, others.values()))
+        if len(left) != len(found.rows) or np.array_equal(np.sort(found.rows), left):
+            return matched
+        there = at_rows(found, self._tensor(name, shape), left)
+        return Matched(_described(name, there, self.checkpoint.config.head_dim), there)
 
     def _factors(self, name: str) -> tuple[float, ...]:
         """1/sqrt(head_dim) may be in the queries or in the keys, or half of it in each."""
@@ -119,6 +135,13 @@ class _Search:
             for way_round in (values_RC, values_RC.T):
                 made[weight.name, way_round.shape[1]].append(sketch(way_round))
         return made
+
+
+def _rows_of_others(found: Found, others: Iterable[Matched]) -> np.ndarray:
+    """Of the same weight, the same way round, where tensors are that are as they should be."""
+    there = [each.found for each in others if each.found is not None and each.found.is_faithful]
+    same = [each.rows for each in there if (each.weight.name, each.in_rows) == (found.weight.name, found.in_rows)]
+    return np.concatenate([np.empty(0, np.int64), *same])
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -7,9 +7,11 @@ import ml_dtypes
 import numpy as np
 
 from verify.report.weights import Relation
+from verify.weights.on_grid import rounded_to_codes
 from verify.weights.stored import Grid, Values
 
 PIECE = 2**20  # elements that are compared at a time
+COARSEST = 0.6  # of the tensor's rms: what rounding to the fewest codes may be off
 
 Rounding = Callable[[np.ndarray], np.ndarray]
 
@@ -109,7 +111,14 @@ def compare_values(tensor_OI: np.ndarray, stored: Values, rows: np.ndarray, fact
     if is_equal:
         return Compared("equal", None, relative, 0)
     rounded_to = next(iter(roundings), None)
+    if rounded_to is None and relative < COARSEST:
+        both = ((tensor_OI[piece], stored.rows(rows[piece]).values_RC) for piece in _pieces(tensor_OI.shape))
+        rounded_to = rounded_to_codes((exact * factor, values) for exact, values in _in_double(both))
     return Compared("rounded" if rounded_to else "changed", rounded_to, relative, different)
+
+
+def _in_double(pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return ((one.astype(np.float64), other.astype(np.float64)) for one, other in pairs)
 
 
 def _pieces(shape: tuple[int, int]) -> Iterator[slice]:
