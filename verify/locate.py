@@ -11,24 +11,25 @@ from dataclasses import dataclass, replace
 from refengine.checkpoint import Checkpoint
 from refengine.errors import InputError
 from verify.as_if import Passes
-from verify.candidates.trace_onnx import read_flow
 from verify.contestant import Contestant
 from verify.drive import CandidateRun
 from verify.errors import NoVerdict
 from verify.expect import EXACT, Expectation
+from verify.layer_screen import Given, given_layers
 from verify.locating.flow import Flow
 from verify.locating.free_taps import Suspects, Tap, free_taps, suspects
 from verify.locating.introduced import Arithmetics, Part, parts, wrong_parts
-from verify.locating.ladder import Rung, blamed, ladder, noise_ratio
+from verify.locating.ladder import Rung, blamed, ladder, noise_distance, noise_ratio
 from verify.locating.repro import write_repro
 from verify.locating.sample import Streams, sample_of
-from verify.locating.tracer import Location, Tracer, inside_part
+from verify.locating.tracer import Place, Tracer, inside_part
 from verify.locating.walk import Shown
 from verify.reference import Reference, ReferenceRun
+from verify.report.figures import figure
 
 __all__ = [
     "Located",
-    "Location",
+    "Place",
     "Rung",
     "Suspects",
     "Tap",
@@ -42,6 +43,10 @@ __all__ = [
 
 OnProgress = Callable[[str], None]
 HALVES = ("self_attn", "mlp")  # of a layer, as the names of trace points begin
+VANISHES = (
+    "with the tensors inside this part among its results it is right: the runtime makes one operator of several nodes "
+    "there, which it cannot do then"
+)
 FEW = 3  # layers that are suspected one by one
 
 
@@ -57,15 +62,17 @@ class Located:
         vanishes: the run is right as soon as the graph gives more of its tensors.
         notes: what could not be looked at, and why.
         shown: a few nodes in which the mistake shows, for `write_repro`.
+        given: what the candidate had around each layer that is wrong by itself.
     """
 
-    first: Location | None
+    first: Place | None
     layers: tuple[int, ...] = ()
     suspects: Suspects = (None,)
     parts: tuple[Part, ...] = ()
     vanishes: bool = False
     notes: tuple[str, ...] = ()
     shown: Shown | None = None
+    given: tuple[Given, ...] = ()
 
 
 def locate(
@@ -93,7 +100,7 @@ def locate(
     engine = Reference(checkpoint, on_progress, expectation.scheme, expectation.arithmetic)
     on_progress("reading the graph")
     try:
-        tracer = Tracer(contestant, sample, read_graph(contestant))
+        tracer = Tracer.of(contestant, sample)
         on_progress("the residual stream of the candidate")
         traced = tracer.stream()
     except (NoVerdict, InputError) as error:
@@ -106,30 +113,55 @@ def locate(
     vanishes = is_wrong and noise_ratio(traced.run.logits, reference, sample.rows) <= bound
     on_progress("each part of the model on the candidate's own input")
     arithmetics = Arithmetics.of(engine, int((sample.positions_BT >= 0).sum()))
-    found = tuple(parts(tracer.flow, Streams(sample, traced), arithmetics))
-    beyond = wrong_parts(found, is_wrong)
+    streams = Streams(sample, traced)
+    found = tuple(parts(tracer.flow, streams, arithmetics))
+    beyond = wrong_parts(found, is_wrong and not vanishes)
     layers = tuple(sorted({part.layer for part in beyond if part.layer is not None}))
     located = replace(
         free,
         parts=found,
         layers=layers,
         vanishes=vanishes,
-        notes=_notes(tracer.flow, checkpoint.config.num_hidden_layers),
+        notes=(
+            *_notes(tracer.flow, checkpoint.config.num_hidden_layers),
+            *said_of_trace(run, traced.run, reference, sample.rows),
+        ),
+        given=tuple(given_layers(tracer.flow, streams, found)),
     )
     if not beyond:
         why = "traced, every part of the model is right" if vanishes else "no part of the model is wrong by itself"
         return replace(located, notes=(*located.notes, why))
     located = replace(located, suspects=_suspects(beyond, layers, checkpoint.config.num_hidden_layers))
     on_progress("inside the part that is wrong")
-    first, shown = inside_part(tracer, arithmetics, beyond[0], traced)
-    return replace(located, first=first, shown=shown)
+    return _with_place(located, *inside_part(tracer, arithmetics, beyond[0], traced))
 
 
-def read_graph(contestant: Contestant) -> Flow:
-    """The candidate's graph. Raises NoVerdict when its runtime cannot be asked for more than it gives."""
-    if not contestant.runtime.startswith("ort"):
-        raise NoVerdict(f"{contestant.runtime} gives nothing but its results")
-    return read_flow(contestant.path)
+def _with_place(located: Located, first: Place, shown: Shown | None) -> Located:
+    said = [VANISHES] if first.vanishes else []
+    said += [f"the inside of this part could not be looked at: {first.untraced}"] if first.untraced else []
+    vanishes, notes = located.vanishes or first.vanishes, (*located.notes, *said)
+    return replace(located, first=first, shown=shown, vanishes=vanishes, notes=notes)
+
+
+def said_of_trace(
+    run: CandidateRun, traced: CandidateRun, reference: ReferenceRun, rows: Sequence[int]
+) -> tuple[str, ...]:
+    """That a run is another one when it is traced, if it is.
+
+    Args:
+        run: as it is otherwise.
+        traced: of these rows alone.
+        reference: of all rows.
+        rows: that were traced.
+    """
+    if not noise_distance(run, traced.logits, reference, rows) > reference.logits.noise.overall_bound:
+        return ()
+    before = noise_ratio([run.logits[row] for row in rows], reference, rows)
+    now = noise_ratio(traced.logits, reference, rows)
+    return (
+        f"with the residual stream among its results the run is another one, of a noise ratio of {figure(now)} for "
+        f"{figure(before)}: what is said of its inside is said of that run",
+    )
 
 
 def _suspects(beyond: Sequence[Part], layers: Sequence[int], count: int) -> Suspects:
@@ -152,7 +184,7 @@ def _from_taps(taps: Sequence[Tap], suspected: Suspects, reference: ReferenceRun
     point = tap.point.split(".", 2)[2]
     heads = tap.heads
     return Located(
-        Location(tap.layer, point, row=tap.row, position=tap.position, phase=phase, heads=heads), suspects=suspected
+        Place(tap.layer, point, row=tap.row, position=tap.position, phase=phase, heads=heads), suspects=suspected
     )
 
 

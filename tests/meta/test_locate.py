@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from refengine.checkpoint import open_checkpoint
 from refengine.tokenizer import encode_prompt, load_tokenizer
-from tests.verify.comparing import Compared, Here
+from tests.verify.comparing import Compared
 from tests.verify.faulty import (
     changed_weight,
     interleaved_rotation,
@@ -21,12 +21,11 @@ from tests.verify.faulty import (
     tiled_heads,
     write_faulty,
 )
-from verify.as_if import Passes
+from tests.verify.seen import Seen
 from verify.candidates.cut_onnx import replay
-from verify.candidates.trace_onnx import read_flow, trace_onnx
-from verify.drive import CandidateRun, run_candidate
+from verify.candidates.trace_onnx import read_onnx, trace_onnx
 from verify.export.modules import MODULES
-from verify.locate import Located, blamed, ladder, locate, suspects, write_repro
+from verify.locate import blamed, ladder, suspects, write_repro
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 LAYER, STEPS = 5, 4
@@ -39,27 +38,6 @@ def compared() -> Compared:
     tokenizer = load_tokenizer(FIXTURES / "tiny_llama")
     prompts = [encode_prompt(tokenizer, text, chat=False) for text in TEXTS]
     return Compared(open_checkpoint(FIXTURES / "tiny_llama"), prompts, STEPS)
-
-
-class Seen:
-    """A candidate's run on the reference's tokens, in batches as large as it can take."""
-
-    def __init__(self, compared: Compared, path: Path, runtime: str = "ort-cpu", **options: str):
-        candidate = compared.open(path, runtime, options)
-        rows = range(len(compared.prompts))
-        self.compared = compared
-        self.candidate = Here(candidate)
-        batches = [tuple(rows)] if candidate.can_pad_left else [(row,) for row in rows]
-        use_cache = candidate.interface.has_cache
-        self.passes = Passes(compared.prompts, compared.reference.tokens, batches, use_cache)
-        schedule = [batch for batch in batches for _ in range(STEPS)]
-        self.run: CandidateRun = run_candidate(
-            candidate, compared.prompts, schedule, use_cache=use_cache, forced=compared.reference.tokens
-        )
-
-    def located(self) -> Located:
-        reference = self.compared.reference
-        return locate(self.compared.checkpoint, self.candidate, self.run, reference, self.passes)
 
 
 def other_eps(at, x_BTD, eps):
@@ -151,14 +129,6 @@ def test_nothing_is_found_in_an_export_that_is_right(compared, exporter):
     assert "no part of the model is wrong by itself" in located.notes
 
 
-def test_a_graph_inside_a_branch_is_located_by_its_cache_alone(compared, tmp_path):
-    source = FIXTURES / "exports" / "mistral-legacy" / "decoder_model_merged.onnx"
-    tokenizer = load_tokenizer(FIXTURES / "tiny_mistral")
-    prompts = [encode_prompt(tokenizer, text, chat=False) for text in TEXTS]
-    seen = Seen(Compared(open_checkpoint(FIXTURES / "tiny_mistral"), prompts, STEPS), source)
-    assert "has branches (If)" in seen.located().notes[0]
-
-
 def test_keys_and_values_alone_tell_the_layer(compared, tmp_path):
     for name, layers in {"eps": {4, 5}, "pairs": {5}, "gate": {5, 6}, "weight": {5, 4}}.items():
         path = write_faulty(compared.checkpoint, tmp_path / "model.onnx", **FAULTS[name][0])
@@ -194,9 +164,9 @@ def test_a_precision_asked_of_a_provider_stands_on_its_own_rung(compared):
 def test_a_node_alone_gives_what_it_gave_in_its_graph(compared):
     seen = Seen(compared, FIXTURES / "exports" / "optimum" / "model.onnx")
     candidate = compared.open(FIXTURES / "exports" / "optimum" / "model.onnx")
-    node = next(node for node in read_flow(candidate.path).nodes if node.name == "/model/layers.5/mlp/Mul")
+    node = next(node for node in read_onnx(candidate).nodes if node.name == "/model/layers.5/mlp/Mul")
     tokens = seen.compared.reference.tokens
-    traced = trace_onnx(candidate, compared.prompts, [(0, 1)], tokens, True, [*node.inputs, *node.outputs], {})
+    traced = trace_onnx(candidate, compared.prompts, [(0, 1)], tokens, True, [*node.inputs, *node.outputs])
     arrays = traced.passes[0].arrays
     again = replay(candidate, node.outputs, {name: arrays[name] for name in node.inputs}, node.outputs)
     assert again.keys() == {"onnx", "CPUExecutionProvider"}

@@ -34,7 +34,8 @@ def graph_constants(path: Path, config: Config) -> dict[str, tuple[Constant, ...
 
     Returns:
         `rms_norm_eps`; `inv_freq`, the head_dim / 2 rotary frequencies, read or computed back from tables;
-        `rope_table_length`; `rotary_interleaved`; `do_rotary`; `scale` of scores; `softcap`, 0 for none; `window`, in
+        `attention_factor` of cos and sin; `rope_table_length`;
+        `rotary_interleaved`; `do_rotary`; `scale` of scores; `softcap`, 0 for none; `window`, in
         which age < window. What is not found is left out.
 
     Raises:
@@ -130,6 +131,18 @@ def _inv_freq(graph: _Graph) -> Iterator[Constant]:
                     yield graph.constant(tuple(numbers.tolist()), place)
     for layers, cos_LP, sin_LP in _tables(graph):
         yield Constant(tuple(_frequencies(cos_LP, sin_LP).tolist()), layers)
+
+
+def _attention_factor(graph: _Graph) -> Iterator[Constant]:
+    """What cos is multiplied by, and what tables of it begin with."""
+    operators = graph.operators
+    for place, operator in graph.of_kind(lambda kind: kind == "Cos"):
+        for user in (user for name in operator.outputs for user in operators.users.get(name, ())):
+            pair = operators.operand(operators.listed[user]) if operators.listed[user].kind == "Mul" else None
+            if pair:
+                yield graph.constant(pair[0], place)
+    for layers, cos_LP, _ in _tables(graph):
+        yield Constant(float(cos_LP[0, 0]), layers)
 
 
 def _table_length(graph: _Graph) -> Iterator[Constant]:
@@ -256,6 +269,7 @@ def _windows(graph: _Graph) -> Iterator[Constant]:
 READERS: Mapping[str, Callable[[_Graph], Iterator[Constant]]] = {
     "rms_norm_eps": _eps,
     "inv_freq": _inv_freq,
+    "attention_factor": _attention_factor,
     "rope_table_length": _table_length,
     "rotary_interleaved": _switch("rotary_interleaved", "interleaved"),
     "do_rotary": _switch("do_rotary"),

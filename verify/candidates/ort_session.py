@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from refengine.config import Config
 from refengine.errors import InputError
@@ -35,6 +35,13 @@ RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 FAILING_FUSION = "SimplifiedLayerNormFusion"
 NARROW_HINTS: Mapping[str, str] = {"bf16": "bfloat16", "f16": "float16"}  # INFERENCE_PRECISION_HINT -> dtype
 ERROR, FATAL = 3, 4  # severities of log messages
+Level = Literal["disabled", "basic", "extended", "all"]  # of optimisation, each with those before it
+LEVELS: Mapping[Level, str] = {
+    "disabled": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
 
 
 def open_session(
@@ -45,7 +52,7 @@ def open_session(
     *,
     reuse_memory: bool = True,
     source: Path | bytes | None = None,
-    optimised: bool = True,
+    level: Level = "all",
 ) -> tuple[Any, Settings]:
     """An ONNX Runtime session on a file, and what it says of itself.
 
@@ -59,24 +66,22 @@ def open_session(
         config: the checkpoint's, to explain errors by.
         reuse_memory: of intermediate results, as their declared shapes allow it.
         source: what is opened in the file's place: a copy of its graph, or the bytes of one.
-        optimised: whether ONNX Runtime may change the graph.
+        level: how far ONNX Runtime may change the graph.
 
     Raises:
         InputError: ONNX Runtime finds the file invalid.
         RuntimeMissing: ONNX Runtime, or the provider, is not installed.
         NoVerdict: ONNX Runtime cannot open it.
     """
-    provider, defaults = provider_of(runtime)
+    provider, _ = provider_of(runtime)
     onnxruntime = _import_onnxruntime(runtime)
-    requested = {**defaults, **provider_options}
-    if provider == OPENVINO and requested["device_type"] == "CPU":
-        requested.setdefault("load_config", NO_RUNTIME_CACHE)
+    requested = requested_of(runtime, provider_options)
     _refuse_bfloat16(file)
     # A provider that rejects its options says why in the default log and nowhere else.
     onnxruntime.set_default_logger_severity(ERROR)
     changed: dict[str, Any] = {} if reuse_memory else {"enable_mem_reuse": False}
-    if not optimised:
-        changed["graph_optimization_level"] = "disabled"
+    if level != "all":
+        changed["graph_optimization_level"] = level
     providers = [(provider, requested)] if provider == CPU else [(provider, requested), (CPU, {})]
     try:
         try:
@@ -109,6 +114,15 @@ def provider_of(runtime: str) -> tuple[str, Mapping[str, str]]:
         return PROVIDERS[runtime]
     named = runtime.removeprefix(BY_NAME)
     return named, dict(PROVIDERS.values()).get(named, {})
+
+
+def requested_of(runtime: str, provider_options: Mapping[str, str]) -> dict[str, str]:
+    """What its provider is asked for: these options, and what it is asked for by default."""
+    provider, defaults = provider_of(runtime)
+    requested = {**defaults, **provider_options}
+    if provider == OPENVINO and requested["device_type"] == "CPU":
+        requested.setdefault("load_config", NO_RUNTIME_CACHE)
+    return requested
 
 
 def openvino_precision(requested: Mapping[str, str]) -> str | None:
@@ -194,8 +208,8 @@ def _session(
     options.log_severity_level = FATAL  # a failing run raises its text; logging would say it twice
     options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
     options.enable_mem_reuse = changed.get("enable_mem_reuse", True)
-    if "graph_optimization_level" in changed:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    levels = onnxruntime.GraphOptimizationLevel.__members__
+    options.graph_optimization_level = levels[LEVELS[changed.get("graph_optimization_level", "all")]]
     if isinstance(source, bytes):
         options.add_session_config_entry(WEIGHTS_BESIDE, str(directory))
     # Without fallback: otherwise a failing provider is silently replaced by the CPU's.

@@ -2,11 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 # What these give is made of sizes, not of values.
 OF_SIZES = ("Shape", "ShapeOf", "Size", "ConstantOfShape")
+COUNTING = ("CumSum", "NonZero", "Range")  # make positions out of sizes
+# What these give is what they are fed, in another shape or dtype.
+SHAPING = ("Cast", "Identity", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Slice")
+# What these give of a tensor and constants is what it was, but for its size.
+SCALING = ("Cast", "Identity", "Mul", "Div", "Clip", "Add", "Sub", "Neg")
 SKIP_NORMS = ("SkipSimplifiedLayerNormalization", "SkipLayerNormalization")
 SKIP_SUM = 3  # the output of those that is the sum, before the norm
 
@@ -30,12 +35,24 @@ class Flow:
         inputs: what the graph is fed.
         outputs: what it gives.
         constants: initializers and constants.
+        kept: keys and values that the graph keeps to itself from run to run, by trace point.
+        fused: tensors that are inside an operator of the runtime's own, which it does not make unless it has to.
+        later: the graph of the passes that go on from a past, where they have their own.
+        is_later: it is such a graph.
     """
 
     nodes: Sequence[Node]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     constants: frozenset[str]
+    kept: Mapping[str, str] = field(default_factory=dict)
+    fused: frozenset[str] = frozenset()
+    later: "Flow | None" = None
+    is_later: bool = False
+
+    def runs(self, step: int) -> bool:
+        """Whether a pass with a cache, the prompts' being number 0, is one of this graph."""
+        return step > 0 if self.is_later else step == 0 or self.later is None
 
     @cached_property
     def maker(self) -> Mapping[str, int]:
@@ -75,6 +92,16 @@ class Flow:
         return found
 
     @cached_property
+    def sizes(self) -> frozenset[str]:
+        """The tensors that are reckoned of sizes alone, as shapes are; positions are none of them."""
+        found: set[str] = set()
+        for node in self.nodes:
+            read = {name for name in node.inputs if name} - self.constants
+            if node.operator in OF_SIZES or (read and read <= found and node.operator not in COUNTING):
+                found |= set(node.outputs)
+        return frozenset(found)
+
+    @cached_property
     def trunk(self) -> tuple[int, ...]:
         """The nodes that everything from the token ids to the logits passes through, in order."""
         between = sorted(self.after(["input_ids"]) & self.before(["logits"]))
@@ -90,20 +117,37 @@ class Flow:
         return tuple(found)
 
     @cached_property
+    def _additions(self) -> tuple[int, ...]:
+        """The nodes of the trunk that add to the residual stream."""
+        adding = (place for place in self.trunk if self.nodes[place].operator in ("Add", *SKIP_NORMS))
+        return tuple(place for place in adding if not set(self.nodes[place].inputs[:2]) & self.constants)
+
+    @cached_property
     def sums(self) -> tuple[str, ...]:
-        """The tensors of the residual stream after each addition to it, in order.
+        """The tensors of the residual stream after each addition to it, in order, as they are where it branches.
 
         Of a norm that adds and does not give the sum: the name that `missing_sums` has for it.
         """
         found = []
-        for place in self.trunk:
+        for place in self._additions:
             node = self.nodes[place]
-            if node.operator == "Add" and not set(node.inputs) & self.constants:
-                found.append(node.outputs[0])
-            elif node.operator in SKIP_NORMS:
+            if node.operator == "Add":
+                found.append(self._unbranched(node.outputs[0]))
+            else:
                 given = node.outputs[SKIP_SUM] if len(node.outputs) > SKIP_SUM else ""
                 found.append(given or _missing_sum(place))
         return tuple(found)
+
+    def _unbranched(self, name: str) -> str:
+        """What a tensor has become where it is first read by several nodes, or by one that does more than scale it."""
+        users = [place for place in self.users.get(name, ()) if self.nodes[place].operator not in OF_SIZES]
+        while len(users) == 1 and name not in self.outputs:
+            node = self.nodes[users[0]]
+            if node.operator not in SCALING or set(node.inputs) - {name} - self.constants:
+                break
+            name = node.outputs[0]
+            users = [place for place in self.users.get(name, ()) if self.nodes[place].operator not in OF_SIZES]
+        return name
 
     @property
     def missing_sums(self) -> dict[str, tuple[str, str]]:
@@ -117,14 +161,16 @@ class Flow:
     @cached_property
     def embedding(self) -> str | None:
         """The tensor that the first layer reads."""
-        if not self.sums:
-            return None
-        first = min(place for place, node in enumerate(self.nodes) if self._adds(place, self.sums[0]))
-        before = [place for place in self.trunk if place < first]
+        before = [place for place in self.trunk if place < min(self._additions, default=0)]
         return self.nodes[before[-1]].outputs[0] if before else None
 
-    def _adds(self, place: int, name: str) -> bool:
-        return name in self.nodes[place].outputs or name == _missing_sum(place)
+    @property
+    def embedder(self) -> int | None:
+        """The node that makes what the first layer reads, whatever shape and dtype that is put into."""
+        place = self.maker.get(self.embedding or "")
+        while place is not None and self.nodes[place].operator in SHAPING:
+            place = self.maker.get(self.nodes[place].inputs[0])
+        return place
 
 
 def _missing_sum(place: int) -> str:

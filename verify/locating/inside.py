@@ -6,13 +6,15 @@ from itertools import islice
 
 import numpy as np
 
+from refengine.kvcache import KVCache
 from refengine.model import mlp
 from refengine.ops import Ops, attention_mask
 from refengine.trace import Recorder
 from refengine.weights import Layer, Weights
-from verify.candidates.trace_onnx import Pass
-from verify.locating.introduced import Arithmetics, as_stream, attended
+from verify.candidates.traced import Pass
+from verify.locating.introduced import CACHED, Arithmetics, as_stream, attended
 from verify.locating.known import (
+    SIDE_BY_SIDE,
     Known,
     Value,
     values_of_attention,
@@ -99,6 +101,8 @@ def inside_attention(
         return [
             *found,
             *_values_of_heads(points, table, here, ops, norm_BTD),
+            *_values_before(points, len(positions_BS[0]) - len(positions_BT[0])),
+            *(_values_kept(cache, weights.dtype) if arithmetics.engine.scheme else []),
             *_values_to(points, positions_BS, positions_BT, config.sliding_window),
             Value("self_attn.residual", True, "BTD", y_BTD),
         ]
@@ -116,7 +120,7 @@ def _values_of_heads(
     """Projections, alone and side by side, and what is rotated."""
     q, k, v = (points[f"self_attn.{name}_proj"] for name in "qkv")
     found = [Value(f"self_attn.{name}_proj", True, "BTMH", array) for name, array in zip("qkv", (q, k, v), strict=True)]
-    found.append(Value("self_attn.v_proj", False, "BTMH", np.concatenate([q, k, v], axis=2)))
+    found.append(Value("self_attn.v_proj", False, "BTMH", np.concatenate([q, k, v], axis=2), SIDE_BY_SIDE))
     found.append(Value("self_attn.k_proj", False, "BTMH", np.concatenate([q, k], axis=2)))
     if layer.qkv_proj.bias_O is not None:
         plain = ops.linear(norm_BTD, replace(layer.qkv_proj, bias_O=None)).reshape(*q.shape[:2], -1, q.shape[-1])
@@ -128,6 +132,17 @@ def _values_of_heads(
     for name, array in (("q", q), ("k", k)):
         found += values_of_rotation(f"self_attn.{name}_rope", array, *table, points[f"self_attn.{name}_rope"])
     return found
+
+
+def _values_before(points: Mapping[str, np.ndarray], past: int) -> list[Value]:
+    """What the cache held before the pass."""
+    kept = [points[f"self_attn.{name}_cache"][:, :, :past] for name in "kv"]
+    return [Value("past", False, "BKSH", array) for array in kept if past]
+
+
+def _values_kept(cache: KVCache, dtype: np.dtype) -> list[Value]:
+    """What the cache holds after the pass, which may be coarser than what attention read in it."""
+    return [Value(point, False, "BKSH", array) for point, array in zip(CACHED, cache.read(0, dtype), strict=True)]
 
 
 def _values_to(

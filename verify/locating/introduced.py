@@ -1,7 +1,7 @@
 """Which parts of a model bring an error in, and which only carry one on: each is held against its own input."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -19,7 +19,7 @@ from verify.locating.sample import Sample, Streams
 from verify.noise import Noise, rms
 from verify.reference import Reference
 
-ORDERS = 2  # whose noise tells parts that are clearly wrong from others
+ORDERS = 4  # whose noise tells parts that are clearly wrong from others
 CLEARLY = 3.0  # times the bound: every part is one draw more, and a model has hundreds
 CACHED = ("self_attn.k_cache", "self_attn.v_cache")
 
@@ -34,6 +34,7 @@ class Part:
         ratio: noise ratio over all positions.
         excess: how many times what is honest that is, or what the worst position has if that is more.
         row, position: the earliest position that has clearly left the noise, or else the worst; of the sample's row.
+        noise: what is honest at each position.
     """
 
     layer: int | None
@@ -42,6 +43,7 @@ class Part:
     excess: float
     row: int
     position: int
+    noise: Noise = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def _part(
     first = int(beyond[position_P[beyond].argmin()]) if beyond.size else int(ratio_P.argmax())
     excess = max(ratio / noise.overall_bound, float(ratio_P.max()) / noise.position_bound)
     excess = float("inf") if np.isnan(excess) or np.isnan(ratio) else excess
-    return Part(layer, point, ratio, excess, int(row_P[first]), int(position_P[first]))
+    return Part(layer, point, ratio, excess, int(row_P[first]), int(position_P[first]), noise)
 
 
 def wrong_parts(found: Sequence[Part], something_is: bool) -> list[Part]:

@@ -22,6 +22,7 @@ LAYOUTS: Mapping[int, Sequence[tuple[int, ...]]] = {
     4: [order for order in permutations(range(4)) if order[0] == 0],
 }
 UNSCALED = "scores before they are scaled"
+SIDE_BY_SIDE = "queries, keys and values side by side"
 STEP = 2.0**-22  # of a step's size: what some operations in float32 may be off
 LOWEST = -1e4  # what is added to a score that is hidden is below, in any dtype
 
@@ -85,6 +86,27 @@ class Known:
                 seen.add(kind)
                 yield array.reshape(turned).transpose(np.argsort(order))
 
+    def first_wrong_head(self, array_BTMH: np.ndarray) -> int | None:
+        """Of an array with this value's axes; None where every head is right."""
+        error_BTMH = np.where(self.there, array_BTMH - self.value.array, 0)
+        count_M = self.there.sum(axis=(0, 1, 3))
+        limit = self.noise.overall_bound * rms(self.noise.rms_P) * len(count_M) ** 0.5
+        wrong = np.flatnonzero(~(np.sqrt(np.square(error_BTMH).sum(axis=(0, 1, 3)) / count_M) <= limit))
+        return int(wrong[0]) if wrong.size else None
+
+    def order_of_heads(self, array_BTNH: np.ndarray) -> tuple[int, ...] | None:
+        """For each head of an array, the one of this value that it is; None where one is no head of it."""
+        right_BTNH, there_BTN1 = self.value.array, self.there[..., :1]
+        limit = self.noise.overall_bound * rms(self.noise.rms_P) * right_BTNH.shape[2] ** 0.5
+        order = []
+        for head in range(right_BTNH.shape[2]):
+            error_BTNH = np.where(there_BTN1, array_BTNH[:, :, head, None] - right_BTNH, 0)
+            error_N = np.sqrt(np.square(error_BTNH).sum(axis=(0, 1, 3)) / self.there[:, :, head].sum())
+            if not error_N.min() <= limit:
+                return None
+            order.append(int(error_N.argmin()))
+        return tuple(order)
+
     def _ratio(self, array: np.ndarray) -> float:
         with np.errstate(invalid="ignore", over="ignore"):
             error = np.asarray(array, np.float64) - self.value.array
@@ -114,8 +136,9 @@ def where_there(axes: str, shape: tuple[int, ...], positions_BT: np.ndarray, pos
     for letter, positions in (("T", positions_BT), ("S", positions_BS)):
         if letter in axes:
             sizes = [1] * len(shape)
-            sizes[0], sizes[axes.index(letter)] = positions.shape
-            there &= (positions >= 0).reshape(sizes)
+            axis = axes.index(letter)
+            sizes[0], sizes[axis] = len(positions), shape[axis]  # of the past, the first slots
+            there &= (positions[:, : shape[axis]] >= 0).reshape(sizes)
     return there
 
 
@@ -201,6 +224,9 @@ def values_of_gate(gate_BTF: np.ndarray, up_BTF: np.ndarray, y_BTF: np.ndarray) 
 def is_mask(array: np.ndarray, positions_BT: np.ndarray, positions_BS: np.ndarray, window: int | None) -> bool | None:
     """Whether an array hides what has to be hidden from queries; None where it is no mask of all of it."""
     allowed_BTS = attention_mask(positions_BT, positions_BS, window)
+    if array.ndim == 4 and array.shape[1] > 1 and array.shape[2:] == allowed_BTS.shape[1:]:
+        of_heads = [is_mask(array[:, head], positions_BT, positions_BS, window) for head in range(array.shape[1])]
+        return None if None in of_heads else all(of_heads)
     if array.size * len(allowed_BTS) == allowed_BTS.size:
         array = np.broadcast_to(array.reshape(-1), (len(allowed_BTS), array.size))
     if array.size != allowed_BTS.size or array.dtype.kind not in "bf":
@@ -215,3 +241,10 @@ def is_mask(array: np.ndarray, positions_BT: np.ndarray, positions_BS: np.ndarra
             return None
         shows_BTS = shows_BTS > LOWEST
     return bool((shows_BTS == allowed_BTS)[positions_BT >= 0].all())
+
+
+def counts_slots(array: np.ndarray, tokens: int, slots: int) -> bool:
+    """Whether these are the numbers of all slots, or of those of the new tokens: what exporters make masks of."""
+    if array.dtype.kind != "i" or array.size not in (tokens, slots):
+        return False
+    return any(np.array_equal(array.reshape(-1), first + np.arange(array.size)) for first in (0, slots - tokens))

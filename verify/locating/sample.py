@@ -8,7 +8,7 @@ import numpy as np
 
 from refengine.tokens import left_padded
 from verify.as_if import Passes
-from verify.candidates.trace_onnx import Traced
+from verify.candidates.traced import Traced
 from verify.drive import CandidateRun
 from verify.noise import rms
 from verify.reference import ReferenceRun
@@ -66,6 +66,12 @@ class Sample:
     def pass_of(self, row: int, position: int) -> int:
         """The number of the pass that brings a position."""
         return max(0, position - len(self.prompts[row]) + 1)
+
+    def position_in(self, row: int, position: int, number: int) -> int:
+        """A position, if a pass brings it; otherwise the first that the pass brings."""
+        if self.pass_of(row, position) == number:
+            return position
+        return len(self.prompts[row]) + number - 1 if number else 0
 
 
 def sample_of(passes: Passes, run: CandidateRun, reference: ReferenceRun) -> Sample:

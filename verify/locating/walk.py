@@ -7,10 +7,11 @@ from typing import Literal
 
 import numpy as np
 
-from verify.locating.flow import Flow
+from verify.locating.flow import OF_SIZES, SHAPING, Flow
 from verify.locating.inside import Inside
-from verify.locating.known import LAYOUTS, UNSCALED, Known, is_mask
-from verify.locating.points import ATTENTIONS, BESIDE, MADE_OF
+from verify.locating.known import LAYOUTS, SIDE_BY_SIDE, UNSCALED, Known, counts_slots, is_mask
+from verify.locating.meaning import Meaning
+from verify.locating.points import BESIDE, NORMS
 
 Status = Literal["right", "unknown", "no value"]
 
@@ -24,12 +25,14 @@ class Guilty:
         point: as `refengine.trace` calls it, without the layer.
         heads: those that are wrong; empty where the point has none.
         inputs_are_right: every input with a value is known to be right.
+        order: whose values each head has, where heads have but changed places; empty else.
     """
 
     place: int
     point: str
     heads: tuple[int, ...]
     inputs_are_right: bool
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,26 @@ class Walk:
             node = self.flow.nodes[place]
             wrong = [name for name in node.outputs if name in self._wrong]
             if wrong and not set(node.inputs) & self._wrong:
-                point = self._point(place)
+                point = self._of_projections(place, self._meaning.point(place))
                 earlier = self._unknown_beside(place) if point in BESIDE else None
-                earlier = self._idle(place) if earlier is None and node.operator == "Softmax" else earlier
+                earlier = self._idle(place) if earlier is None else earlier
                 place, node = (place, node) if earlier is None else (earlier, self.flow.nodes[earlier])
                 judged = [name for name in node.inputs if self._is_made_here(name) and self._status[name] != "no value"]
                 are_right = all(self._status[name] == "right" for name in judged)
-                return Guilty(place, point, self._heads(place, point), are_right)
+                return Guilty(place, point, self._heads(place, point), are_right, self._order(place))
         return None
+
+    def _of_projections(self, place: int, point: str) -> str:
+        """Where queries, keys and values come side by side: the first of them that is wrong."""
+        queries, keys = (self.inside.point(f"self_attn.{name}_proj") for name in "qk")
+        whole = next((each for each in self.inside.known if each.value.step == SIDE_BY_SIDE), None)
+        if point != "self_attn.q_proj" or queries is None or keys is None or whole is None:
+            return point
+        wrong = [name for name in self.flow.nodes[place].outputs if name in self._wrong]
+        given = (each for name in wrong for each in whole.layouts(self.arrays[name]))
+        first = max((whole.first_wrong_head(each) or 0 for each in given), default=0)
+        heads, kv_heads = queries.value.array.shape[2], keys.value.array.shape[2]
+        return point if first < heads else f"self_attn.{'k' if first < heads + kv_heads else 'v'}_proj"
 
     def _is_made_here(self, name: str) -> bool:
         return self.flow.maker.get(name) in self.places
@@ -95,27 +110,30 @@ class Walk:
         found: dict[str, Status] = {}
         for name in self._names:
             array = self.arrays.get(name)
-            if array is None or not self._has_value(array):
+            if array is None or not self._has_value(name, array):
                 found[name] = "no value"
-            elif self._matches[name] or self._is_mask(array):
+            elif self._matches[name] or self._is_mask(array) or self._counts_slots(array):
                 found[name] = "right"
             else:
                 found[name] = "unknown"
         return found
 
-    def _has_value(self, array: np.ndarray) -> bool:
+    def _has_value(self, name: str, array: np.ndarray) -> bool:
         """Whether it has something to say of tokens: no single number, and of whole numbers only one for each."""
         rows, tokens = self.inside.positions_BT.shape
         if array.dtype.kind == "b":
             return self._mask_of(array) is not None
         whole = array.dtype.kind == "i" and array.shape[-1:] == (tokens,) and array.size in (tokens, rows * tokens)
-        return array.size > 1 and (array.dtype.kind == "f" or whole)
+        return array.size > 1 and (array.dtype.kind == "f" or (whole and name not in self.flow.sizes))
 
     def _is_mask(self, array: np.ndarray) -> bool:
         return self._mask_of(array) is True
 
     def _mask_of(self, array: np.ndarray) -> bool | None:
         return is_mask(array, self.inside.positions_BT, self.inside.positions_BS, self.window)
+
+    def _counts_slots(self, array: np.ndarray) -> bool:
+        return counts_slots(array, self.inside.positions_BT.shape[1], self.inside.positions_BS.shape[1])
 
     @cached_property
     def _after_start(self) -> set[int]:
@@ -134,26 +152,33 @@ class Walk:
         beside = [
             name
             for name in read
-            if self._status.get(name) == "unknown" and self.flow.maker.get(name, place) not in self._after_start
+            if self._status.get(name) == "unknown"
+            and self._is_made_here(name)
+            and self.flow.maker[name] not in self._after_start
         ]
         makers = sorted(self.flow.before(beside) & (set(self.places) - self._after_start))
         outputs = ((one, name) for one in makers for name in self.flow.nodes[one].outputs)
         return next((one for one, name in outputs if self._status.get(name) == "unknown"), None)
 
     def _idle(self, place: int) -> int | None:
-        """Where scores are never scaled: the first node behind their product that leaves them as they are."""
+        """Where scores are never scaled, or a norm has no weight: the first node that leaves what it reads as it is."""
 
-        def unscaled(name: str) -> bool:
-            return any(each.value.step == UNSCALED for each in self._matches.get(name, ()))
+        def unfinished(name: str) -> set[int]:
+            return {
+                id(each)
+                for each in self._matches.get(name, ())
+                if each.value.step == UNSCALED or (each.value.point in NORMS and not each.value.is_point)
+            }
 
         back: int | None = None
-        names = [name for name in self.flow.nodes[place].inputs if unscaled(name)]
+        names = [name for name in self.flow.nodes[place].inputs if unfinished(name)]
         while names:
             maker = self.flow.maker.get(names[0])
             if maker is None:
                 break
-            names = [name for name in self.flow.nodes[maker].inputs if unscaled(name)]
-            back = maker if names else back
+            same = unfinished(names[0])
+            names = [name for name in self.flow.nodes[maker].inputs if unfinished(name) & same]
+            back = maker if names and self.flow.nodes[maker].operator not in SHAPING else back
         return back
 
     @cached_property
@@ -161,72 +186,22 @@ class Walk:
         """Tensors that are not known, and from which something wrong follows."""
         here = set(self.places)
         wrong: set[str] = set()
+        leading: set[str] = set()  # to something wrong, and themselves inside what the runtime has fused
         for place in reversed(self.places):
+            of_sizes = self.flow.nodes[place].operator in OF_SIZES
             for name in self.flow.nodes[place].outputs:
-                if not name or self._status.get(name, "no value") != "unknown":
-                    continue
+                status = self._status.get(name, "no value")
                 users = [self.flow.nodes[user] for user in self.flow.users.get(name, ()) if user in here]
-                if name in self.ends or any(set(user.outputs) & wrong for user in users):
+                leads = any(set(user.outputs) & (wrong | leading) for user in users)
+                if status == "unknown" and (name in self.ends or leads):
                     wrong.add(name)
+                elif status == "no value" and leads and name in self.flow.fused and not of_sizes:
+                    leading.add(name)
         return wrong
 
     @cached_property
-    def _reached(self) -> set[str]:
-        """Trace points that some tensor is."""
-        return {each.value.point for known in self._matches.values() for each in known if each.value.is_point}
-
-    @cached_property
-    def _passed(self) -> set[str]:
-        """Trace points that are right, whether or not they are seen: those reached, and what they are made of."""
-        wrong = {point for name, point in self.ends.items() if name in self._wrong}
-        passed: set[str] = set()
-        waiting = list(self._reached - wrong)
-        while waiting:
-            point = waiting.pop()
-            if point not in passed and point not in wrong:
-                passed.add(point)
-                waiting += MADE_OF.get(point, ())
-        return passed
-
-    def _point(self, place: int) -> str:
-        """The trace point that a node should have come to, or come nearer to."""
-        node = self.flow.nodes[place]
-        order = [point for point in MADE_OF if self.inside.point(point) is not None]
-        if node.operator in ATTENTIONS:
-            cached = [f"self_attn.{kind}_cache" for kind in "kv"]
-            given = [name for name, _ in zip(cached, node.outputs[1:], strict=False)]
-            unmade = [point for point in given if point not in self._passed]
-            return {"self_attn.k_cache": "self_attn.k_rope"}.get(unmade[0], unmade[0]) if unmade else "self_attn.attend"
-        given = [self.ends[name] for name in node.outputs if name in self.ends and name in self._wrong]
-        if given and not any(name in self.ends and name not in self._wrong for name in node.outputs):
-            return given[0]
-        labels = self._labels(place)
-        steps = [point for point, is_point in labels if not is_point and point in order]
-        if steps:
-            return max(steps, key=order.index)
-        ends = {point for point, is_point in labels if is_point}
-        after = [point for point in order if set(MADE_OF[point]) & ends and point not in self._passed]
-        open_ones = [point for point in order if point not in self._passed]
-        return next(iter([*after, *open_ones, *order[-1:]]))
-
-    def _labels(self, place: int) -> set[tuple[str, bool]]:
-        """What the inputs of a node are; where that says nothing, those of the nodes that read its result."""
-        waiting, seen = [place], set()
-        while waiting:
-            now = waiting.pop(0)
-            node = self.flow.nodes[now]
-            labels = {
-                (each.value.point, each.value.is_point)
-                for name in node.inputs
-                for each in self._matches.get(name, ())
-                if each.value.point != "rope"
-            }
-            if labels:
-                return labels
-            seen.add(now)
-            users = [user for name in node.outputs for user in self.flow.users.get(name, ()) if user in self.places]
-            waiting += [user for user in users if user not in seen]
-        return set()
+    def _meaning(self) -> Meaning:
+        return Meaning(self.flow, self.places, self.ends, self.arrays, self.inside, self._matches, self._wrong)
 
     def is_right(self, name: str, array: np.ndarray) -> bool:
         """Whether an array would be right as this tensor."""
@@ -258,6 +233,15 @@ class Walk:
         wrong = np.flatnonzero(~(ratios <= known.noise.overall_bound * heads**0.5)).tolist()
         return tuple(wrong) if len(wrong) < heads else ()
 
+    def _order(self, place: int) -> tuple[int, ...]:
+        """Whose values each head has in what a node gives; empty where it has none's, or all their own."""
+        known = self.inside.point("self_attn.attend")
+        if known is None:
+            return ()
+        wrong = [name for name in self.flow.nodes[place].outputs if name in self._wrong]
+        found = (known.order_of_heads(given) for name in wrong for given in known.layouts(self.arrays[name]))
+        return next((order for order in found if order is not None and order != tuple(range(len(order)))), ())
+
     def shown_by(self, guilty: Guilty) -> "Shown | None":
         """The nodes from what is right to where a mistake shows; None where no tensor is like the point."""
         known, closest = self.inside.point(guilty.point), self._closest(guilty.place, guilty.point)
@@ -270,12 +254,12 @@ class Walk:
         read = {each for place in places for each in self.flow.nodes[place].inputs} - set(made)
         fed = {each: self.arrays[each] for each in sorted(read) if each in self.arrays}
         given = self.arrays[name]
-        closest_error = np.inf
+        best, closest_error = None, np.inf
         for order in LAYOUTS[known.value.array.ndim]:
             turned = known.value.array.transpose(order).reshape(given.shape)
             there = known.there.transpose(order).reshape(given.shape)
             error = float(np.square(np.where(there, given - turned, 0)).sum())
-            if error < closest_error:
+            if best is None or error < closest_error:  # a NaN is no less than anything
                 closest_error, best = error, Shown(name, tuple(made), fed, turned, there)
         return best
 
