@@ -1,9 +1,8 @@
 """Names the mistake that reproduces what a candidate gave: counterfactuals are run until one leaves only noise."""
 
-import itertools
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
@@ -11,71 +10,25 @@ import numpy as np
 from refengine.checkpoint import Checkpoint
 from refengine.weights import Weights
 from verify.as_if import Passes
-from verify.causes import Cause, Evidence, Family
+from verify.causes import Cause, Evidence, Unit
 from verify.causes.footprint import AFTER_PROMPTS
-from verify.counterfactual import Counterfactual
+from verify.coarse import Coarse, Explaining
 from verify.drive import CandidateRun
+from verify.layer_screen import HALVES, Given, LayerScreen
+from verify.layerwise import Layerwise, explain_layers, without_last_norm
 from verify.noise import rms
 from verify.opened import open_weights
 from verify.reference import ReferenceRun
 from verify.report.result import CauseFound, Diagnosis, Residual
-from verify.screen import Screen, Tried, telling_rows
+from verify.screen import EXPLAINED, Screen, Tried, telling_rows
+from verify.search import AS_WELL, Clock, Search
+from verify.telling_apart import telling_probe
 
-PROMISING = 10.0  # times the bound: a float32 rerun brings noise of its own, and a broken model has more of it
 MOST_CONFIRMED = 6  # promising ones that are run once more on everything
-PAIRED = 4  # the best single causes, each of which is tried with every other one
-# What is left by another cause that explains as much, times what the best one leaves; the noise in both is the same.
-AS_WELL = 1.2
-EXPLAINED = 1 / 3  # of the ratio: what a cause may leave; of a small effect a part can be had by chance
-HELPS = 0.97  # a cause that leaves more than this of the ratio explains nothing of it
+COARSE_HELPS = 0.5  # a mistake beside which only rounding is left leaves no more of the ratio than this
+MOST_BESIDE = 3  # mistakes beside which coarser arithmetic is tried
 ANY_TENSOR = "weights-changed"
-Mistakes = tuple[Counterfactual, ...]
-
-
-@dataclass
-class _Search:
-    """What was tried so far, and when to stop."""
-
-    screen: Screen
-    bound: float
-    ends: float
-    on_step: Callable[[], None]
-    tried: list[Tried] = field(default_factory=list)
-    begun: set[tuple] = field(default_factory=set)
-    not_tried: dict[str, None] = field(default_factory=dict)
-
-    def go(self, causes: Iterable[Cause], evidence: Evidence, beside: Mistakes = ()) -> None:
-        """Tries what causes yield, together with what is `beside`: values that are known first, then searches."""
-        searches: list[Family] = []
-        for one in itertools.chain.from_iterable(cause(evidence) for cause in causes):
-            if isinstance(one, Family):
-                searches.append(one)
-            elif isinstance(one, Counterfactual) and self._is_to_try(one, beside):  # of units, see `--expect`
-                self._try(self.screen.tried, *beside, one)
-        for family in () if self.promising else searches:
-            if self._is_to_try(family.make(family.low), beside):
-                self._try(self.screen.best_of, family, beside)
-
-    @property
-    def promising(self) -> list[Tried]:
-        """What may explain everything, the best first."""
-        found = (each for each in self.tried if each.ratio <= PROMISING * self.bound)
-        return sorted(found, key=lambda each: each.ratio)
-
-    def _try(self, run: Callable[..., Tried], *arguments: object) -> None:
-        self.tried.append(run(*arguments))
-        self.on_step()
-
-    def _is_to_try(self, one: Counterfactual, beside: Mistakes) -> bool:
-        """Whether there is time for it, and it was not tried before."""
-        key = tuple((each.cause, str(each.parameters), each.layers) for each in (*beside, one))
-        if key in self.begun:
-            return False
-        if time.monotonic() > self.ends:
-            self.not_tried[one.cause] = None
-            return False
-        self.begun.add(key)
-        return True
+Status = Literal["confirmed", "equivalent", "ruled-out"]
 
 
 def diagnose(
@@ -87,8 +40,9 @@ def diagnose(
     causes: Mapping[str, Cause],
     *,
     likely: Collection[str] = (),
+    given: Sequence[Given] = (),
     seconds: float,
-    on_step: Callable[[], None] = lambda: None,
+    on_seconds: Callable[[int], None] = lambda seconds: None,
 ) -> Diagnosis:
     """Tries causes on a part of the run, in float32, and confirms what is left of them on all of it, in float64.
 
@@ -101,25 +55,105 @@ def diagnose(
         causes: of the catalogue, by name.
         likely: names of those that can be at the place where the candidate first goes wrong; where one of them explains
             it, others are not tried, nor other layers than the first ones that are suspected.
+        given: what the candidate had around the layers that are wrong by themselves.
         seconds: after which nothing new is begun.
-        on_step: told of every counterfactual.
+        on_seconds: told of those that are over, of all of them in the end.
     """
-    ends = time.monotonic() + seconds
+    clock = Clock(seconds, on_seconds)
     rows = telling_rows(run, reference)
-    screen = Screen(open_weights(checkpoint, np.float32), passes, run, reference, rows)
-    search = _Search(screen, reference.logits.noise.overall_bound, ends, on_step)
-    before = screen.before
-    possible = causes
-    if not _prompts_are_right(run, reference):
-        possible = {name: cause for name, cause in causes.items() if name not in AFTER_PROMPTS}
-    there = [cause for name, cause in possible.items() if name in likely]
-    search.go(there, replace(evidence, suspects=evidence.suspects[:1]))
-    if not search.promising:
-        search.go(possible.values(), evidence)
-    if not search.promising:
-        _try_pairs(search, causes, evidence, before)
-    confirmed, whole = _confirmed(checkpoint, screen.weights, passes, run, reference, search.promising)
-    return _diagnosis(confirmed, search, before, whole)
+    weights = open_weights(checkpoint, np.float32)
+    screen = Screen(weights, passes, run, reference, rows)
+    search = Search(screen.tried, Tried((), screen.before), clock.ends, clock.look)
+    coarse = Coarse(checkpoint, passes, run, reference, rows)
+    stages = _Stages(search, screen, coarse, causes, evidence, frozenset(likely), given)
+    noisy = stages.run(in_prompts=not _prompts_are_right(run, reference))
+    promising = list(map(search.necessary, search.promising))
+    confirmed, whole = _confirmed(checkpoint, weights, passes, run, reference, promising, search)
+    found = _diagnosis(confirmed, noisy, search, whole)
+    if found.status == "ambiguous" and not noisy:
+        found = replace(found, notes=(*found.notes, *_apart(weights, confirmed, passes.use_cache)))
+    clock.end()
+    return found
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """What is tried one after the other, until something explains everything; as `diagnose` is given it."""
+
+    search: Search
+    screen: Screen
+    coarse: Coarse
+    causes: Mapping[str, Cause]
+    evidence: Evidence
+    likely: Collection[str]
+    given: Sequence[Given]
+
+    def run(self, *, in_prompts: bool) -> list[Explaining]:
+        """Fills the search; returns the arithmetic that explains everything, where one does and no mistake alone.
+
+        Args:
+            in_prompts: prompts are wrong already; by what acts after them alone they are not, and by coarser
+                arithmetic they are.
+        """
+        possible, units, told = self.causes, list[Unit](), Layerwise()
+        if in_prompts:
+            possible = {name: cause for name, cause in self.causes.items() if name not in AFTER_PROMPTS}
+            units = list(self.coarse.units(self.causes.values(), self.evidence)) if self._is_everywhere else []
+        arithmetics = partial(self.coarse.explaining, units)
+        # Asked for once, and only where it is needed.
+        alone = cache(lambda: list[Explaining]() if self.search.is_over else arithmetics())
+        if in_prompts:
+            told = self._layers(possible, lambda: bool(alone()))
+        if not self.search.promising and not (self.given and alone()):
+            self._singles(possible)
+        if self.search.promising:
+            return []
+        if noisy := alone() or self._beside(arithmetics):
+            return noisy
+        known = self.search.known(self.causes.values(), self.evidence)
+        first = [*(self.screen.tried(*each) for each in told.partial), *([known] if known.mistakes else [])]
+        self.search.pairs(self.causes, self.evidence, first)
+        return []
+
+    @property
+    def _is_everywhere(self) -> bool:
+        """Whether every half of every layer is wrong by itself, as coarser arithmetic makes it, as far as is known."""
+        halves = sum(len(each.wrong) for each in self.given)
+        return not self.given or halves == self.evidence.config.num_hidden_layers * len(HALVES)
+
+    def _layers(self, possible: Mapping[str, Cause], is_noise: Callable[[], bool]) -> Layerwise:
+        """What explains single layers; where that leaves steps after the prompts, with what acts there."""
+        search = self.search
+        screens = (LayerScreen(self.screen.weights, each) for each in self.given)
+        told = explain_layers(screens, possible, self.evidence, search.ends, search.on_step, is_noise)
+        for each in told.proposed:
+            search.one(*each)
+            if not search.promising:
+                search.one(*without_last_norm(each, self.evidence.config))
+        later = [cause for name, cause in self.causes.items() if name in AFTER_PROMPTS]
+        for each in () if search.promising else told.partial:
+            base = self.screen.tried(*each)
+            if base.helps(search.nothing):
+                search.go(later, self.evidence, base)
+        return told
+
+    def _singles(self, possible: Mapping[str, Cause]) -> None:
+        """One mistake: a likely one where it is likeliest, any there or in all layers, any anywhere."""
+        first = self.evidence.suspects[:1]
+        there = [cause for name, cause in possible.items() if name in self.likely]
+        self.search.go(there, replace(self.evidence, suspects=first))
+        for suspects in (tuple(dict.fromkeys([*first, None])), self.evidence.suspects):
+            if not self.search.promising:
+                self.search.go(possible.values(), replace(self.evidence, suspects=suspects))
+
+    def _beside(self, arithmetics: Callable[..., list[Explaining]]) -> list[Explaining]:
+        """Coarser arithmetic beside one of the mistakes that explain most."""
+        nothing = self.search.nothing.ratio
+        best = [each for each in self.search.best_of_each() if each.ratio < COARSE_HELPS * nothing]
+        for each in best[:MOST_BESIDE]:
+            if not self.search.is_over and (found := arithmetics(each.mistakes)):
+                return found
+        return []
 
 
 def _prompts_are_right(run: CandidateRun, reference: ReferenceRun) -> bool:
@@ -137,16 +171,6 @@ def _prompts_are_right(run: CandidateRun, reference: ReferenceRun) -> bool:
     return True
 
 
-def _try_pairs(search: _Search, causes: Mapping[str, Cause], evidence: Evidence, before: float) -> None:
-    """Each of the best single causes with every other cause, where it explains a part."""
-    helping = [each for each in _best_of_each(search.tried) if each.ratio < HELPS * before]
-    for each in helping[:PAIRED]:
-        others = [cause for name, cause in causes.items() if name != each.mistakes[0].cause]
-        search.go(others, evidence, each.mistakes)
-        if search.promising:
-            return
-
-
 def _confirmed(
     checkpoint: Checkpoint,
     weights32: Weights,
@@ -154,6 +178,7 @@ def _confirmed(
     run: CandidateRun,
     reference: ReferenceRun,
     promising: Sequence[Tried],
+    search: Search,
 ) -> tuple[list[Tried], float]:
     """Those that leave no more than honest noise of the whole run, and no more than the best; of each cause one.
 
@@ -167,6 +192,8 @@ def _confirmed(
         best.setdefault(tuple(sorted(mistake.cause for mistake in each.mistakes)), each)
     found = []
     for each in list(best.values())[:MOST_CONFIRMED]:
+        if search.is_over and each is not next(iter(best.values())):
+            break  # the best alone, which the time was given for
         ratio, noise = screen.ratio_and_noise(each.mistakes, weights32)
         if ratio <= min(max(1.0, noise) * reference.logits.noise.overall_bound, EXPLAINED * whole):
             found.append(Tried(each.mistakes, ratio))
@@ -178,16 +205,20 @@ def _whole(weights: Weights, passes: Passes, run: CandidateRun, reference: Refer
     return Screen(weights, passes, run, reference, range(len(passes.prompts)), len(passes.tokens[0]))
 
 
-def _diagnosis(confirmed: Sequence[Tried], search: _Search, before: float, whole: float) -> Diagnosis:
-    notes = []
-    if search.not_tried:
-        notes.append(f"not tried within the time: {', '.join(search.not_tried)}; give more with --diagnose-seconds")
+def _diagnosis(confirmed: Sequence[Tried], noisy: Sequence[Explaining], search: Search, whole: float) -> Diagnosis:
+    notes = list(_not_tried(search, is_explained=bool(confirmed or noisy)))
+    explaining = [*(each.mistakes for each in confirmed), *(each.mistakes for each in noisy)]
+    named = {mistake.cause for mistakes in explaining for mistake in mistakes}
     ruled_out = [
         found
-        for each in _best_of_each(search.tried)
-        if all(each.mistakes[0].cause != other.mistakes[0].cause for other in confirmed)
-        for found in _found(each, before, "ruled-out")
+        for each in search.best_of_each()
+        if each.mistakes[0].cause not in named
+        for found in _found(each, search.nothing.ratio, "ruled-out")
     ]
+    if noisy:
+        return Diagnosis(
+            "ambiguous" if len(noisy) > 1 else "named", (*_in_noise(noisy, whole), *ruled_out), notes=tuple(notes)
+        )
     if not confirmed:
         return Diagnosis("unexplained", tuple(ruled_out), notes=tuple(notes))
     # The export's own tensor explains whatever is wrong with it: what else does says more.
@@ -199,17 +230,42 @@ def _diagnosis(confirmed: Sequence[Tried], search: _Search, before: float, whole
     return Diagnosis("ambiguous" if specific else "named", (*found, *ruled_out), notes=tuple(notes))
 
 
-def _found(
-    tried: Tried, before: float, status: Literal["confirmed", "equivalent", "ruled-out"]
-) -> Iterator[CauseFound]:
+def _not_tried(search: Search, *, is_explained: bool) -> Iterator[str]:
+    """What there was no time for; of what is explained, causes alone, which might explain it as well."""
+    more = "give more with --diagnose-seconds"
+    tried = {each.mistakes[0].cause for each in search.tried if len(each.mistakes) == 1}
+    missed = [cause for cause, alone in search.not_tried.items() if alone]
+    if never := [cause for cause in missed if cause not in tried]:
+        yield f"not tried within the time: {', '.join(never)}; {more}"
+    if is_explained:
+        return
+    if partly := [cause for cause in missed if cause in tried]:
+        yield f"not all values and layers were tried within the time of: {', '.join(partly)}; {more}"
+    if search.is_over:
+        yield f"not all pairs of causes were tried within the time; {more}"
+
+
+def _apart(weights: Weights, confirmed: Sequence[Tried], use_cache: bool) -> Iterator[str]:
+    """For all that explains a run as well as the first: on which prompts it would not."""
+    first, *others = (each for each in confirmed if all(one.cause != ANY_TENSOR for one in each.mistakes))
+    for other in others:
+        names = [" and ".join(mistake.cause for mistake in each.mistakes) for each in (first, other)]
+        probe = telling_probe(weights, first.mistakes, other.mistakes, use_cache=use_cache)
+        if probe is None:
+            yield f"{' and '.join(names)} are equivalent on this model: no probe tells them apart"
+        else:
+            yield f"{probe} would tell {names[0]} from {names[1]}: --probe adds prompts of that kind"
+
+
+def _in_noise(noisy: Sequence[Explaining], whole: float) -> Iterator[CauseFound]:
+    """Mistakes, and the arithmetic whose noise is all that they leave."""
+    for number, each in enumerate(noisy):
+        yield from _found(Tried(each.mistakes, each.ratio), whole, "confirmed") if number == 0 else ()
+        status: Status = "confirmed" if number == 0 else "equivalent"
+        yield CauseFound(each.unit.cause, each.unit.parameters, None, Residual(whole, each.ratio), status)
+
+
+def _found(tried: Tried, before: float, status: Status) -> Iterator[CauseFound]:
     for mistake in tried.mistakes:
         layers = None if mistake.layers is None else tuple(sorted(mistake.layers))
         yield CauseFound(mistake.cause, mistake.parameters, layers, Residual(before, tried.ratio), status)
-
-
-def _best_of_each(tried: Sequence[Tried]) -> list[Tried]:
-    """Of each cause alone, what left least; the best cause first."""
-    best: dict[str, Tried] = {}
-    for each in sorted((each for each in tried if len(each.mistakes) == 1), key=lambda each: each.ratio):
-        best.setdefault(each.mistakes[0].cause, each)
-    return list(best.values())

@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 
 from refengine.checkpoint import Checkpoint
 from refengine.errors import InputError
@@ -13,6 +14,7 @@ from verify.candidates.openai import Served, ServerOptions, complete
 from verify.candidates.token_strings import TokenStrings
 from verify.check import after_end_tokens, check_expectation, hidden_from_trace, judge_trace
 from verify.compare import Progress
+from verify.diagnose_trace import diagnose_trace
 from verify.errors import NoVerdict
 from verify.expect import Expectation
 from verify.files import sha256_of
@@ -53,11 +55,13 @@ def judge_server(
     provider_options: Mapping[str, str],
     expectation: Expectation | None,
     progress: Progress,
+    diagnose_seconds: float | None = None,
 ) -> Report:
     """The whole report on a server: one cell, without a verdict when the server fails.
 
     Args:
         provider_options: as `ServerOptions.of` takes them.
+        diagnose_seconds: for finding the cause of what is not equal; None where nobody asks for it.
 
     Raises:
         InputError: the options cannot be right, or the server is one of another model.
@@ -68,7 +72,8 @@ def judge_server(
     strings = TokenStrings(lambda: load_tokenizer(checkpoint.path), checkpoint.config.vocab_size)
     progress.begin(f"asking {options.base_url}", len(prompts))
     began = time.perf_counter()
-    served = None
+    served, diagnosed = None, None
+    begin = partial(progress.begin, steps=None)
     try:
         served = complete(options, prompts, max_new_tokens, strings, lambda: progress.advance(1))
     except NoVerdict as error:
@@ -77,7 +82,12 @@ def judge_server(
     else:
         seconds = time.perf_counter() - began
         check_trace(options.base_url, served.trace, checkpoint.config)
-        cell = judge_trace(checkpoint, served.trace, expectation, lambda what: progress.begin(what, None))
+        cell = judge_trace(checkpoint, served.trace, expectation, begin)
+        if diagnose_seconds is not None:
+            judge = partial(judge_trace, checkpoint, expectation=expectation)
+            diagnosed = diagnose_trace(
+                *(checkpoint, served.trace, cell, judge), seconds=diagnose_seconds, goes_on=True, on_progress=begin
+            )
         settings = asdict(Settings(requested, _effective(served)))
         reference = cell.seconds.reference if cell.seconds else 0.0
         cell = replace(cell, runtime=SERVER, settings=settings, seconds=Seconds(seconds, reference))
@@ -89,6 +99,7 @@ def judge_server(
         (cell,),
         tuple(_notes(served, max_new_tokens, checkpoint)) if served else (),
         tuple(_hidden(served, checkpoint)) if served else (),
+        diagnosed=diagnosed,
     )
 
 

@@ -16,6 +16,8 @@ from verify.reference import ReferenceRun
 NEW_TOKENS = 6  # of each row that is screened
 SHOWS = 0.2  # of the largest ratio, that a row must have to be worth screening
 PROMISING = 10.0  # times the bound: a float32 rerun brings noise of its own, and a broken model has more of it
+RESIDUE = 1e-5  # of the ratio: the further a mistake is from right, the more its own float32 noise is
+HALF = 0.5  # of the ratio: a small effect is within that many bounds before anything is explained
 EXPLAINED = 1 / 3  # of the ratio: what a cause may leave; of a small effect a part can be had by chance
 HELPS = 0.97  # a cause that leaves more than this of the ratio explains nothing of it
 
@@ -70,42 +72,55 @@ class Screen:
         self.rows = list(rows)
         self.passes = replace(passes, tokens=[tokens[:new] for tokens in passes.tokens])
         self._noise = reference.logits.noise
-        units = np.split(self._noise.rms_P, np.cumsum(reference.lengths)[:-1])
+        starts = np.cumsum([0, *reference.lengths])
         self._judged = {}  # of each row: its positions, what the candidate gave there, and the noise
+        errors, units = [], []
         for row in rows:
-            given, length = run.logits[row], len(units[row])
+            given, length = run.logits[row], reference.lengths[row]
             positions = np.arange(length - len(given), len(passes.prompts[row]) + new - 1)
-            self._judged[row] = positions, given[: len(positions)], units[row][positions]
-        self._before = self._errors(())
+            unit_P = self._noise.rms_P[starts[row] + positions]
+            self._judged[row] = positions, given[: len(positions)], unit_P
+            right_PV = reference.logits.value64_PX[starts[row] + positions]
+            errors.append(rms(given[: len(positions)] - right_PV, axis=-1))
+            units.append(unit_P)
+        self._before = np.concatenate(errors), np.concatenate(units)
+
+    @property
+    def before(self) -> float:
+        """The noise ratio against the reference as it is."""
+        return _ratio(*self._before)
 
     def ratio(self, mistakes: Sequence[Counterfactual]) -> float:
         """The noise ratio of the candidate against the reference with these mistakes."""
-        return _ratio(*(self._errors(mistakes) if mistakes else self._before))
+        return _ratio(*self._errors(self._run(self.weights, mistakes)))
 
-    def distance(self, weights: Weights, mistakes: Sequence[Counterfactual]) -> float:
-        """How far the reference with these mistakes is from itself on other weights, in the same unit."""
-        both = (run_as_if(each, self.passes, mistakes, wanted=self.rows) for each in (self.weights, weights))
+    def ratio_and_noise(self, mistakes: Sequence[Counterfactual], weights: Weights) -> tuple[float, float]:
+        """The same, and how far the reference with these mistakes is from itself on other weights, in the same unit."""
+        right, other = (self._run(each, mistakes) for each in (self.weights, weights))
         errors, units = [], []
-        for row, one_PV, other_PV in zip(self.rows, *both, strict=True):
+        for row, one_PV, other_PV in zip(self.rows, right, other, strict=True):
             positions, _, unit_P = self._judged[row]
             there_P = ~np.isposinf(one_PV[positions, 0])
             errors.append(rms((other_PV - one_PV)[positions[there_P]], axis=-1))
             units.append(unit_P[there_P])
-        return _ratio(np.concatenate(errors), np.concatenate(units))
+        return _ratio(*self._errors(right)), _ratio(np.concatenate(errors), np.concatenate(units))
 
     def tried(self, *mistakes: Counterfactual) -> Tried:
         """What they leave."""
         before_P, unit_P = self._before
-        error_P, left_unit_P = self._errors(mistakes)
+        error_P, left_unit_P = self._errors(self._run(self.weights, mistakes))
         ratio = _ratio(error_P, left_unit_P)
         rest = 0.0
         if len(error_P) == len(before_P):
             rest = share_at_rest(before_P / unit_P, error_P / unit_P, self._noise.position_bound)
-        return Tried(mistakes, ratio, ratio <= PROMISING * self._noise.overall_bound, rest)
+        is_promising = ratio <= promising(self._noise.overall_bound, self.before, HALF)
+        return Tried(mistakes, ratio, is_promising, rest)
 
-    def _errors(self, mistakes: Sequence[Counterfactual]) -> tuple[np.ndarray, np.ndarray]:
+    def _run(self, weights: Weights, mistakes: Sequence[Counterfactual]) -> list[np.ndarray]:
+        return run_as_if(weights, self.passes, mistakes, wanted=self.rows)
+
+    def _errors(self, logits: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The rms error at each position for which the reference has logits, and its noise."""
-        logits = run_as_if(self.weights, self.passes, mistakes, wanted=self.rows)
         errors, units = [], []
         for row, right_PV in zip(self.rows, logits, strict=True):
             positions, given_PV, unit_P = self._judged[row]
@@ -113,6 +128,11 @@ class Screen:
             errors.append(rms(given_PV[there_P] - right_PV[positions[there_P]], axis=-1))
             units.append(unit_P[there_P])
         return np.concatenate(errors), np.concatenate(units)
+
+
+def promising(bound: float, before: float, share: float) -> float:
+    """The noise ratio up to which mistakes may explain everything: a share of what there was, hardly beyond noise."""
+    return min(max(PROMISING * bound, RESIDUE * before), share * before)
 
 
 def share_at_rest(before_P: np.ndarray, left_P: np.ndarray, bound: float) -> float:

@@ -11,6 +11,7 @@ from refengine.tokenizer import encode_prompt, load_tokenizer
 from refengine.weights import Weights
 from tests.verify.comparing import Compared
 from tests.verify.conftest import TEXTS, TINY_LLAMA
+from verify.along import best_of
 from verify.as_if import Passes, run_as_if
 from verify.candidates.graph_constants import graph_constants
 from verify.causes import Cause, Evidence, Family
@@ -90,7 +91,8 @@ class Explained:
     def searched(self, cause: Cause) -> Tried:
         """The best of a cause's families."""
         families = [each for each in cause(self.evidence) if isinstance(each, Family)]
-        return min((self.screen.best_of(each) for each in families), key=lambda each: each.ratio)
+        nothing = Tried((), self.before)
+        return min((best_of(each, self.screen.tried, nothing) for each in families), key=lambda each: each.ratio)
 
     def without_constants(self) -> "Explained":
         """The same, of an export that says nothing of itself."""

@@ -1,9 +1,12 @@
 """Mistakes in the cache: each is reproduced by its own counterfactual, and by no other."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from tests.meta.drivers import Driven, NotReset, losing
 from tests.meta.explaining import NEW_TOKENS, Explained, Subject, trained
@@ -15,7 +18,7 @@ from verify.causes.catalogue import CATALOGUE, name_of
 from verify.drive import run_candidate
 from verify.export import export_decoder
 from verify.export.faults.cache import FAULTS
-from verify.export.faults.writing import Fault
+from verify.export.faults.writing import Fault, write_faulty
 from verify.screen import Screen
 
 BY_NAME = {fault.name: fault for fault in FAULTS}
@@ -86,6 +89,7 @@ def test_a_capacity_is_found(subject, name, tmp_path):
     [
         (losing(lambda slots: slice(0, slots - 1)), {"lost": "newest", "tokens": 1}),
         (losing(lambda slots: slice(0, slots - 2), once=True), {"lost": "newest of the prompt", "tokens": 2}),
+        (losing(lambda slots: slice(2, slots)), {"lost": "oldest", "tokens": 2}),
     ],
 )
 def test_a_loop_that_loses_tokens_is_reproduced(subject, clean, loop, parameters):
@@ -113,7 +117,8 @@ def test_a_cache_that_is_not_reset_is_reproduced(subject, clean, go_on):
 
 def test_a_quantised_cache_is_told_from_all_others(subject):
     """What the engine itself gives in float32 with int8 vectors, held against every scheme in float64."""
-    schemes = {each.parameters["scheme"]: each for each in cache_quantized(evidence_with_cache(subject))}
+    evidence = evidence_with_cache(subject)
+    schemes = {each.parameters["scheme"]: each for each in cache_quantized(evidence) if "scheme" in each.parameters}
     given = run_as_if(subject.weights, subject.passes, [schemes["int8"]])
 
     def left(scheme: str) -> float:
@@ -143,3 +148,34 @@ def test_a_cache_that_is_handed_on_rightly_is_the_right_one(subject):
         np.concatenate(run_as_if(subject.weights64, subject.passes, mistakes)) for mistakes in ([harmless], [])
     )
     np.testing.assert_allclose(handed, plain, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("order", ["keys first, read as pairs", "pairs, read as keys first"])
+def test_layers_whose_caches_are_not_equally_long_are_not_taken_for_each_other(subject, order):
+    """As beside a layer that loses tokens: no candidate could run like that."""
+    evidence = Evidence(subject.compared.checkpoint.config, use_cache=True, longest=20, suspects=(frozenset({5}),))
+    lost = next(one for one in cache_truncated(evidence) if one.parameters.get("lost") == "newest")
+    dealt = next(one for one in CATALOGUE["cache-layer-order"](evidence) if one.parameters.get("order") == order)
+    alone, both = (run_as_if(subject.weights, subject.passes, mistakes) for mistakes in ([lost], [lost, dealt]))
+    for alone_PV, both_PV in zip(alone, both, strict=True):
+        np.testing.assert_array_equal(alone_PV, both_PV)
+
+
+def read_past_in_float16(model: onnx.ModelProto) -> None:
+    """Whoever reads a past finds it rounded."""
+    for value in [value for value in model.graph.input if value.name.startswith("past_key_values")]:
+        for node in model.graph.node:
+            node.input[:] = [f"{name}/rounded" if name == value.name else name for name in node.input]
+        steps = [(value.name, f"{value.name}/half", TensorProto.FLOAT16)]
+        steps.append((steps[0][1], f"{value.name}/rounded", TensorProto.FLOAT))
+        for given, made, dtype in reversed(steps):
+            model.graph.node.insert(0, helper.make_node("Cast", [given], [made], to=dtype))
+
+
+def test_a_past_that_is_rounded_when_it_is_read_is_found(subject, tmp_path):
+    fault = Fault("", "cache-quantized", None, partial(write_faulty, edit=read_past_in_float16), needs=("cache",))
+    explained = subject.explained(fault, tmp_path)
+    assert explained.before > 3 * subject.bound
+    best = explained.tried(cache_quantized)[0]
+    assert best.mistakes[0].parameters == {"past": "float16"}
+    assert explained.is_reproduced(best)

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
-from verify.causes.norm_mlp import ACTIVATIONS, norm_eps
+from verify.causes.norm_mlp import ACTIVATIONS, NORMS, norm_eps, norm_weight_offset
 from verify.export.faults.norm_mlp import FAULTS
+from verify.export.faults.writing import Fault, changed_weight, write_faulty
 
 BY_NAME = {fault.name: fault for fault in FAULTS}
 
@@ -34,6 +36,16 @@ def test_an_epsilon_in_the_graph_comes_with_its_place(subject, name, layers, par
     assert (first.layers, first.parameters) == (layers, parameters)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_more_in_a_single_norm_is_found_there(subject, norm, tmp_path):
+    read = changed_weight(f"model.layers.4.{norm}.weight", lambda weight: weight + 1)
+    fault = Fault("one more", "norm-weight-offset", frozenset({4}), partial(write_faulty, read=read))
+    explained = subject.explained(fault, tmp_path)
+    there = replace(explained.evidence, suspects=(frozenset({4}),))
+    found = [each for each in norm_weight_offset(there) if explained.screen.ratio([each]) <= subject.bound]
+    assert [each.parameters for each in found] == [{"offset": 1, "norm": norm}]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_gelu_is_exact_in_either_precision(dtype):
     x = np.linspace(-9, 9, 20001).astype(dtype)
@@ -41,3 +53,14 @@ def test_gelu_is_exact_in_either_precision(dtype):
     given = ACTIVATIONS["gelu"](x)
     assert given.dtype == dtype
     assert np.abs(given - exact).max() <= 8 * np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("name", "x", "y"),
+    [("relu2", 3.0, 9.0), ("mish", 1.0, 0.86509839), ("hard_swish", 1.0, 2 / 3), ("hard_swish", -4.0, 0.0)],
+)
+def test_an_activation_of_another_family_is_what_its_paper_says(name, x, y, dtype):
+    given = ACTIVATIONS[name](np.array([x], dtype))
+    assert given.dtype == dtype
+    assert given[0] == pytest.approx(y, rel=1e-6)

@@ -1,8 +1,11 @@
 """Mistakes in the weights: read from the export, or guessed where it cannot be read; no other one of them fits."""
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from refengine.checkpoint import open_checkpoint
@@ -20,6 +23,7 @@ from verify.export.faults.writing import Fault, write_faulty
 from verify.inspection import exported_checkpoint
 from verify.runtimes import RUNTIMES
 
+INT4_SCALES = "model.layers.5.attn.qkv_proj.MatMul.weight_scales"
 # Rounding the tiny model's bfloat16 to float16 changes almost nothing of it.
 BY_NAME = {fault.name: fault for fault in FAULTS if fault.cause != "weights-rounded"}
 
@@ -51,9 +55,10 @@ def test_rows_and_layers_are_found_where_the_weights_cannot_be_read(subject, nam
     assert made.reproduced_by([cause for cause in CAUSES if cause is not weights_rounded]) == [BY_NAME[name].cause]
 
 
-def test_right_weights_suggest_no_mistake_in_them(subject, tmp_path):
+def test_right_weights_suggest_no_mistake_but_in_how_they_are_read(subject, tmp_path):
     made = explained(subject, replace(FAULTS[0], write=write_faulty), tmp_path)
-    assert [each for cause in CAUSES for each in cause(made.evidence)] == []
+    suggested = [tuple(each.parameters) for cause in CAUSES for each in cause(made.evidence)]
+    assert set(suggested) == {("read as q, k, v",)}
 
 
 def test_permuted_rows_are_not_taken_for_the_other_rotation_which_gives_the_same(subject, tmp_path):
@@ -94,3 +99,26 @@ def test_dropped_biases_are_told_apart(tmp_path):
         assert tried[0].parameters == {"of": "v_proj"}
         assert left(tried[0]) < 1e-5
         assert all(left(other) > 1e-3 for other in tried[1:])
+
+
+def test_a_norm_that_no_layer_has_is_changed_and_no_matter_of_order(subject, tmp_path):
+    norm = "model.layers.6.input_layernorm.weight"
+    more = partial(write_faulty, read=changed_weight(norm, lambda weight: weight + 1))
+    made = explained(subject, Fault("one more", "weights-changed", frozenset({6}), more), tmp_path)
+    assert made.reproduced_by(CAUSES) == ["weights-changed"]
+
+
+def test_a_damaged_scale_is_not_excused_by_the_rounding_around_it(subject, tmp_path):
+    model = onnx.load(Path(__file__).parents[2] / "fixtures" / "exports" / "genai-int4" / "model.onnx")
+    scales = next(each for each in model.graph.initializer if each.name == INT4_SCALES)
+    damaged = onnx.numpy_helper.to_array(scales).copy()
+    damaged.flat[3] += damaged.flat[3]
+    scales.CopyFrom(onnx.numpy_helper.from_array(damaged, scales.name))
+    onnx.save(model, tmp_path / "model.onnx")
+    own = exported_checkpoint(subject.compared.checkpoint, describe_candidate(tmp_path / "model.onnx"))
+    evidence = Evidence(own.config, own=own)
+    (both,) = (each for each in CATALOGUE["weights-changed"](evidence) if "beside" in each.parameters)
+    assert (both.layers, both.parameters["beside"]) == ({5}, "weights in int4")
+    exact = run_as_if(Weights.open(own, np.float64), subject.passes, ())
+    for given_PV, own_PV in zip(run_as_if(subject.weights64, subject.passes, [both]), exact, strict=True):
+        np.testing.assert_allclose(given_PV, own_PV, rtol=1e-9)

@@ -1,5 +1,7 @@
 """What holds for the counterfactuals of every cause, whatever it is: they are mistakes, in any order of float32."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -8,12 +10,14 @@ from refengine.weights import Weights
 from tests.checkpoints import write_checkpoint
 from verify.as_if import Passes, run_as_if
 from verify.causes import Evidence, attention, norm_mlp, rope
-from verify.causes.catalogue import name_of
+from verify.causes.catalogue import CATALOGUE, name_of
 from verify.causes.constants import Constant
 from verify.counterfactual import Counterfactual
 from verify.noise import EQUIVALENT_ORDERS, rms
 
 CAUSES = (*rope.CAUSES, *attention.CAUSES, *norm_mlp.CAUSES)
+LAYERS = (None, frozenset({1}))  # of two mistakes at once
+MOST_PAIRS = 20
 PASSES = Passes([[5, 9, 2, 14, 3, 8, 1], [7, 4, 11]], [[6, 2, 9], [3, 12, 5]], [(0, 1)], use_cache=True)
 
 
@@ -73,3 +77,20 @@ def test_without_a_cache_nothing_about_later_steps_is_tried(checkpoint):
 def test_a_table_or_window_longer_than_every_row_is_not_tried(checkpoint):
     evidence = Evidence(checkpoint.config, longest=2)
     assert not [*rope.rope_table_short(evidence), *attention.sliding_window(evidence)]
+
+
+BESIDE_EACH_OTHER = [
+    ("cache-before-rope", "cache-capacity-as-length"),
+    ("cache-capacity-as-length", "cache-before-rope"),
+    ("cache-truncated", "cache-layer-order"),
+    ("cache-before-rope", "rope-missing"),
+]
+
+
+@pytest.mark.parametrize("causes", BESIDE_EACH_OTHER, ids=" and ".join)
+def test_two_mistakes_of_the_cache_can_be_there_at_once(causes, checkpoint):
+    weights = Weights.open(checkpoint, np.float32)
+    either = (single(CATALOGUE[cause], checkpoint, layers) for cause, layers in zip(causes, LAYERS, strict=True))
+    pairs = zip(*either, strict=False)
+    for pair in itertools.islice(pairs, MOST_PAIRS):
+        assert np.isfinite(logits(weights, pair)).all(), [each.parameters for each in pair]

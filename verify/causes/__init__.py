@@ -26,7 +26,8 @@ class Evidence:
         longest: most positions of a row.
         batches: how many of them came one after another.
         suspects: sets of layers that the mistake may be in, None for all of them; the likeliest first.
-        constants: numbers read from the export's graph, by what they are: "rms_norm_eps", "inv_freq", "scale", ...
+        constants: numbers read from the export's graph, by what they are: "rms_norm_eps", "inv_freq", "scale", ...;
+            and "head_order", whose values each head of the traced attention has.
         is_our_loop: the run was decoded by this project's own loop, which makes none of the mistakes of loops.
         own: the checkpoint as the export holds it; None where its weights could not be read.
     """

@@ -6,7 +6,6 @@ from functools import partial
 
 import numpy as np
 
-from refengine.config import Config
 from refengine.ops import Ops, attend, scores
 from verify.causes import Cause, Evidence, Family
 from verify.causes.constants import is_close, misread, shortest
@@ -57,12 +56,12 @@ def head_order(evidence: Evidence) -> Iterator[Counterfactual | Family]:
     Seen: wrong from the first token on; keys and values of the first layer are right.
     Why: heads were grouped by their key-value head and not put back, or a transposition is missing before o_proj.
     Test: the reference with heads in the order of their place in the group, reversed, rolled by one, with head_dim in
-        front of the heads, or laid out before the tokens.
+        front of the heads, laid out before the tokens, or in the order that the traced heads have.
     Fix: transpose to (batch, tokens, heads, head_dim) before the reshape; head n stays at n.
     Source: nntile #347.
     """
     for layers in evidence.suspects:
-        for name, order_NH in _orders(evidence.config).items():
+        for name, order_NH in _orders(evidence).items():
             yield Counterfactual("head-order", {"order": name}, layers, ops=partial(heads_reordered, order_NH))
         yield Counterfactual(
             *("head-order", {"order": "heads before tokens"}, layers),
@@ -73,8 +72,9 @@ def head_order(evidence: Evidence) -> Iterator[Counterfactual | Family]:
         )
 
 
-def _orders(config: Config) -> dict[str, np.ndarray]:
+def _orders(evidence: Evidence) -> dict[str, np.ndarray]:
     """Which number of a token's heads, laid side by side, comes first, second, ...; the right order is left out."""
+    config = evidence.config
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     numbers_NH = np.arange(N * H).reshape(N, H)
     orders = {
@@ -85,6 +85,8 @@ def _orders(config: Config) -> dict[str, np.ndarray]:
         "one back": np.roll(numbers_NH, -1, axis=0),
         "head_dim before heads": numbers_NH.T,
     }
+    for order_N in evidence.constants.get("head_order", ()):
+        orders[", ".join(map(str, order_N))] = numbers_NH[list(order_N)]
     distinct = {order.tobytes(): (name, order.reshape(-1)) for name, order in reversed(orders.items())}
     distinct.pop(numbers_NH.tobytes(), None)
     return dict(reversed(distinct.values()))

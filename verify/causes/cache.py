@@ -11,11 +11,14 @@ from refengine.errors import InputError
 from refengine.quant import SCHEMES, ops_for
 from refengine.scheme import Scheme, check_scheme
 from verify.causes import Cause, Evidence, Family
+from verify.causes.rotating import SHORT_DTYPES
 from verify.causes.slots import (
     caching_unrotated,
     each_time,
     first_time,
     from_layers,
+    handed,
+    in_narrow_floats,
     kept,
     keys_first_read_as_pairs,
     newest_alone,
@@ -60,8 +63,8 @@ def cache_key_value_swapped(evidence: Evidence) -> Iterator[Counterfactual | Fam
     if not evidence.use_cache:
         return
     for layers in evidence.suspects:
-        yield _handed("cache-key-value-swapped", {"when": "after every pass"}, layers, swapped)
-        yield _handed("cache-key-value-swapped", {"when": "after the prompts"}, layers, first_time(swapped))
+        yield handed("cache-key-value-swapped", {"when": "after every pass"}, layers, swapped)
+        yield handed("cache-key-value-swapped", {"when": "after the prompts"}, layers, first_time(swapped))
 
 
 def cache_layer_order(evidence: Evidence) -> Iterator[Counterfactual | Family]:
@@ -87,13 +90,13 @@ def cache_layer_order(evidence: Evidence) -> Iterator[Counterfactual | Family]:
         orders["keys first, read as pairs"] = keys_first_read_as_pairs
         orders["pairs, read as keys first"] = pairs_read_as_keys_first
         orders["last layer first"] = partial(from_layers, list(range(layers))[::-1])
-    for order, handed in orders.items():
-        yield _handed("cache-layer-order", {"order": order}, None, each_time(handed))
+    for order, ordered in orders.items():
+        yield handed("cache-layer-order", {"order": order}, None, each_time(ordered))
     for pair in pairs_of_layers(evidence):
         one, other = pair
         order_L = list(range(layers))
         order_L[one], order_L[other] = other, one
-        yield _handed(
+        yield handed(
             "cache-layer-order",
             {"order": f"layers {one} and {other} exchanged"},
             frozenset(pair),
@@ -140,12 +143,13 @@ def cache_truncated(evidence: Evidence) -> Iterator[Counterfactual | Family]:
             yield _hidden("oldest", layers, tokens)
         for tokens in USUAL_LOSSES:
             yield _lost("newest", layers, tokens)
+            yield _lost("oldest", layers, tokens)
             yield _lost("newest of the prompt", layers, tokens)
         for capacity in dict.fromkeys(evidence.constants.get("past_sequence_length", ())):
             yield _room(layers, capacity)
-    likeliest = evidence.suspects[0]  # a search takes time
-    yield Family(partial(_hidden, "oldest", likeliest), 1, evidence.longest)
-    yield Family(partial(_room, likeliest), 1, evidence.longest)
+    for likeliest in evidence.suspects[:1]:  # a search takes time
+        yield Family(partial(_hidden, "oldest", likeliest), 1, evidence.longest)
+        yield Family(partial(_room, likeliest), 1, evidence.longest)
 
 
 def cache_capacity_as_length(evidence: Evidence) -> Iterator[Counterfactual | Family]:
@@ -168,9 +172,9 @@ def cache_capacity_as_length(evidence: Evidence) -> Iterator[Counterfactual | Fa
         for capacity in dict.fromkeys([*declared, *usual]):
             if capacity > evidence.longest:
                 yield _with_capacity(layers, capacity)
-    likeliest = evidence.suspects[0]  # a search takes time
-    yield Family(partial(_with_capacity, likeliest), evidence.longest + 1, evidence.longest + 4096)
-    yield Family(partial(_with_zeros, likeliest), 1, 4096)
+    for likeliest in evidence.suspects[:1]:  # a search takes time
+        yield Family(partial(_with_capacity, likeliest), evidence.longest + 1, evidence.longest + 4096)
+        yield Family(partial(_with_zeros, likeliest), 1, 4096)
 
 
 def cache_not_reset(evidence: Evidence) -> Iterator[Counterfactual | Family]:
@@ -199,7 +203,8 @@ def cache_quantized(evidence: Evidence) -> Iterator[Counterfactual | Family]:
     Seen: tokens are mostly right, logits are hundreds of times the float32 noise off; without the cache all is right,
         and on OpenVINO so is a single long pass.
     Why: KV_CACHE_PRECISION of OpenVINO is u8 unless it is asked for another, and --cache-type-k of llama.cpp is chosen.
-    Test: the reference with that scheme for its cache; its noise then includes the codes that rounding moves.
+    Test: the reference with that scheme for its cache; its noise then includes the codes that rounding moves. Or with a
+        past that is rounded to 16 bits before the next pass reads it, in all layers or in one.
     Fix: KV_CACHE_PRECISION=f32 where that is not meant; where it is, --expect with the name of the scheme.
     Source: OpenVINO issue 27454; onnxruntime-genai issue 1206.
     """
@@ -209,15 +214,10 @@ def cache_quantized(evidence: Evidence) -> Iterator[Counterfactual | Family]:
         if name not in EXACT_SCHEMES and _can_store(evidence.config, scheme):
             ops = partial(ops_for, scheme)
             yield Counterfactual("cache-quantized", {"scheme": name}, scheme=scheme, ops=ops, is_causal=False)
-
-
-def _handed(
-    cause: str,
-    parameters: dict[str, object],
-    layers: Layers,
-    cache: Callable[[Pasts, int], Pasts],
-) -> Counterfactual:
-    return Counterfactual(cause, parameters, layers, cache=cache, is_causal=False)
+    for layers in evidence.suspects:
+        for name, dtype in SHORT_DTYPES.items():
+            narrow = partial(in_narrow_floats, dtype)
+            yield handed("cache-quantized", {"past": name}, layers, each_time(narrow))
 
 
 def _hidden(which: str, layers: Layers, tokens: float) -> Counterfactual:
@@ -245,10 +245,13 @@ def _lost(which: str, layers: Layers, tokens: float) -> Counterfactual:
     count = round(tokens)
 
     def cut(pasts: Pasts, step: int) -> Pasts:
+        if which == "oldest":
+            return [kept(past, slice(count, None)) for past in pasts]
         return [kept(past, slice(0, max(0, past.positions_BS.shape[1] - count))) for past in pasts]
 
-    cache = cut if which == "newest" else first_time(cut)
-    return _handed("cache-truncated", {"lost": which, "tokens": count}, layers, cache)
+    cache = first_time(cut) if which == "newest of the prompt" else cut
+    made = handed("cache-truncated", {"lost": which, "tokens": count}, layers, cache)
+    return replace(made, is_of_batches=which == "oldest")  # of a short row, the oldest slots are padding
 
 
 def _room(layers: Layers, capacity: float) -> Counterfactual:
@@ -258,7 +261,7 @@ def _room(layers: Layers, capacity: float) -> Counterfactual:
     def cut(pasts: Pasts, step: int) -> Pasts:
         return [kept(past, slice(max(0, past.positions_BS.shape[1] - count), None)) for past in pasts]
 
-    return replace(_handed("cache-truncated", {"lost": "oldest", "capacity": count}, layers, cut), is_of_batches=True)
+    return replace(handed("cache-truncated", {"lost": "oldest", "capacity": count}, layers, cut), is_of_batches=True)
 
 
 def _with_capacity(layers: Layers, capacity: float) -> Counterfactual:

@@ -13,10 +13,10 @@ FOOTPRINTS: Mapping[str, tuple[str, ...]] = {
     "norm_mlp": ("input_layernorm", "post_attention_layernorm", "norm", "mlp."),
     "weights": ("embed_tokens", "lm_head", "norm", "input_layernorm", "post_attention_layernorm", "self_attn.", "mlp."),
 }
-# Shown by steps after the prompts alone; a buffer's empty slots are there in the prompts too.
-AFTER_PROMPTS: Collection[str] = {name for name in CATALOGUE if name.startswith("cache-")} - {
-    "cache-capacity-as-length"
-}
+# A buffer's empty slots are there in the prompts too, what one batch left is in those of the next, and codes may be
+# what a prompt itself is read from; all other mistakes of caches are shown by steps after the prompts alone.
+IN_PROMPTS = ("cache-capacity-as-length", "cache-not-reset", "cache-quantized")
+AFTER_PROMPTS: Collection[str] = {name for name in CATALOGUE if name.startswith("cache-")}.difference(IN_PROMPTS)
 
 
 def likely_at(point: str) -> list[str]:

@@ -61,20 +61,29 @@ def norm_weight_offset(evidence: Evidence) -> Iterator[Counterfactual | Family]:
 
     Seen: wrong from the first token on, everywhere.
     Why: Gemma stores its norms as what is added to 1; its code was taken for a Llama, or its conversion was.
-    Test: the reference with 1 added to the weights of norms.
+    Test: the reference with 1 added to the weights of norms, in all of them, in those of one layer, or in one of the
+        two; or taken from them.
     Fix: use the norm of the checkpoint's own family.
     Source: transformers' GemmaRMSNorm.
     """
 
-    def ops(offset: int, right: Ops) -> Ops:
-        return replace(
-            right,
-            rms_norm=lambda x_BTD, weight_D, eps: right.rms_norm(x_BTD, weight_D + weight_D.dtype.type(offset), eps),
-        )
-
     for layers in evidence.suspects:
-        for offset in (1, -1):
-            yield Counterfactual("norm-weight-offset", {"offset": offset}, layers, ops=partial(ops, offset))
+        for norm in (None,) if layers is None else (None, *NORMS):
+            for offset in (1, -1):
+                parameters = {"offset": offset} | ({"norm": norm} if norm else {})
+                ops = partial(_norm_with_offset, offset, norm)
+                yield Counterfactual("norm-weight-offset", parameters, layers, ops=ops)
+
+
+def _norm_with_offset(offset: int, norm: str | None, right: Ops) -> Ops:
+    """Norms with other weights; those of a layer come in turn, and operators are made anew for each layer."""
+    in_turn = cycle(NORMS)
+
+    def rms_norm(x_BTD: np.ndarray, weight_D: np.ndarray, eps: float) -> np.ndarray:
+        is_wrong = norm in (None, next(in_turn))
+        return right.rms_norm(x_BTD, weight_D + weight_D.dtype.type(offset * is_wrong), eps)
+
+    return replace(right, rms_norm=rms_norm)
 
 
 def mlp_gate_up_swapped(evidence: Evidence) -> Iterator[Counterfactual | Family]:
@@ -99,7 +108,8 @@ def activation(evidence: Evidence) -> Iterator[Counterfactual | Family]:
 
     Seen: wrong from the first token on; keys and values of the first layer are right.
     Why: hidden_act was not read, and a default of another family was taken.
-    Test: the reference with gelu (exact, or with tanh), quick-gelu, relu, sigmoid or none in silu's place.
+    Test: the reference with gelu (exact, or with tanh), quick-gelu, relu (or its square), mish, hard-swish, tanh,
+        sigmoid or none in silu's place.
     Fix: export with hidden_act of config.json.
     Source: torch.nn.functional.gelu for the forms; transformers' ACT2FN for the names.
     """
@@ -154,6 +164,21 @@ def _relu(x: np.ndarray) -> np.ndarray:
     return np.maximum(x, 0)
 
 
+def _relu2(x: np.ndarray) -> np.ndarray:
+    """Source: arXiv 2109.08668."""
+    return np.square(np.maximum(x, 0))
+
+
+def _mish(x: np.ndarray) -> np.ndarray:
+    """`x * tanh(softplus(x))`. Source: arXiv 1908.08681."""
+    return x * np.tanh(np.logaddexp(x, x.dtype.type(0)))
+
+
+def _hard_swish(x: np.ndarray) -> np.ndarray:
+    """Source: arXiv 1905.02244, section 5.2."""
+    return x * np.clip(x / 6 + x.dtype.type(0.5), 0, 1)
+
+
 def _linear(x: np.ndarray) -> np.ndarray:
     return x
 
@@ -163,6 +188,10 @@ ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu_pytorch_tanh": _gelu_tanh,
     "quick_gelu": _quick_gelu,
     "relu": _relu,
+    "relu2": _relu2,
+    "mish": _mish,
+    "hard_swish": _hard_swish,
+    "tanh": np.tanh,
     "sigmoid": _sigmoid,
     "linear": _linear,
 }

@@ -14,6 +14,8 @@ from verify.report.result import NoiseRatio
 
 BLOCKS = (32, 64, 128, 16)  # inputs that share a scale when they become int8
 
+COMPRESSED = ("int8", "int4", "int2")  # how weights are stored whose inputs runtimes round
+
 
 def arithmetic_float16(evidence: Evidence) -> Iterator[Unit]:
     """The runtime computes in float16.
@@ -49,18 +51,24 @@ def activations_quantized(evidence: Evidence) -> Iterator[Unit]:
         DYNAMIC_QUANTIZATION_GROUP_SIZE=0.
     Source: ONNX Runtime issue 29849.
     """
+    if evidence.own is not None and evidence.own.stored_as not in COMPRESSED:
+        return
     for block in dict.fromkeys([*evidence.constants.get("int8_block", ()), *BLOCKS]):
         name = f"int8-activations by {block}"
         yield Unit("activations-quantized", {"group": block}, Arithmetic(name, block=block))
 
 
 def explains(noise: NoiseRatio) -> bool:
-    """Whether a run is as noisy as an arithmetic, given its ratio in units of that arithmetic's noise.
+    """Whether a run is as noisy as an arithmetic, given its ratio in units of that arithmetic's noise."""
+    return is_that_noise(noise.logits, noise.bound, noise.worst_position.ratio, noise.position_bound)
+
+
+def is_that_noise(ratio: float, bound: float, worst: float, position_bound: float) -> bool:
+    """The same, from the ratio over all positions and that at the worst one.
 
     Far less noise than that is something else: a runtime that rounds so often cannot be so exact.
     """
-    is_no_more = noise.logits <= noise.bound and noise.worst_position.ratio <= noise.position_bound
-    return is_no_more and noise.logits >= 1 / noise.bound
+    return ratio <= bound and worst <= position_bound and ratio >= 1 / bound
 
 
 CAUSES: tuple[Cause, ...] = (arithmetic_float16, arithmetic_bfloat16, activations_quantized)

@@ -10,7 +10,7 @@ import numpy as np
 from refengine.config import Config, RopeParameters
 from refengine.rope import rope_inverse_frequencies
 from verify.causes import Cause, Evidence, Family
-from verify.causes.constants import HALF_ULP, SAME, misread, shortest
+from verify.causes.constants import HALF_ULP, SAME, is_close, misread, shortest
 from verify.causes.rotating import (
     SHORT_DTYPES,
     Rotate,
@@ -21,6 +21,7 @@ from verify.causes.rotating import (
     heads_shifted,
     held_at_first,
     later,
+    multiplied_tables,
     rounded_tables,
     said,
     turned,
@@ -32,6 +33,7 @@ USUAL_THETA = (1e4, 5e5, 1e6, 1e5)
 USUAL_FACTORS = (2.0, 4.0, 8.0)  # of linear scaling
 OF_LLAMA3 = (8.0, 32.0)  # the factors of Llama 3.1 and 3.2
 OFFSETS = (1, -1, 2, -2)
+WITHIN_HALF = 2.0**-8  # relative: what rounding to bfloat16 may take of a table's first number
 LARGEST_EXPONENT = 100.0  # of e; the largest base that anybody uses is below e**20
 
 
@@ -113,12 +115,12 @@ def _bases(inv_freq: Sequence[float]) -> Iterator[float]:
 
 
 def rope_scaling(evidence: Evidence) -> Iterator[Counterfactual | Family]:
-    """The frequencies are scaled otherwise than config.json says: not at all, by another factor, or in another way.
+    """The rotation is scaled otherwise than config.json says: not at all, by another factor, or in another way.
 
     Seen: position 0 is right; long distances are off, short ones may look right.
     Why: rope_scaling was not read, its type was not known, or older files were extended by a flag of the runtime.
-    Test: the reference with the scaling dropped, of another type, or of another factor; read from the graph's
-        frequencies, or solved for.
+    Test: the reference with the scaling dropped, of another type, or of another factor, or with another attention
+        factor of cos and sin; read from the graph's frequencies, or solved for.
     Fix: export again with the rope parameters of config.json.
     Source: llama.cpp #8650; transformers' modeling_rope_utils.py for the types.
     """
@@ -139,6 +141,10 @@ def rope_scaling(evidence: Evidence) -> Iterator[Counterfactual | Family]:
         for rope in _scalings(right, factors):
             if _has(config, rope, inv_freq):
                 yield scaled(layers, rope)
+    longest = config.max_position_embeddings
+    usual = rope_inverse_frequencies(right, config.head_dim, longest, longest)[1]
+    for factor, layers in misread(evidence, "attention_factor", lambda read: is_close(read, usual, WITHIN_HALF)):
+        yield multiplied_tables({"attention_factor": shortest(factor)}, layers, factor / usual)
     for layers in evidence.suspects:
         for rope in _scalings(right, USUAL_FACTORS):
             yield scaled(layers, rope)

@@ -33,6 +33,20 @@ def with_rope(
     return Counterfactual(cause, parameters, layers, ops=ops)
 
 
+def multiplied_tables(parameters: Mapping[str, Any], layers: Layers, factor: float) -> Counterfactual:
+    """cos and sin times a factor, so that scores are multiplied by its square."""
+
+    def ops(right: Ops) -> Ops:
+        def rope_table(*where: Any) -> Table:
+            cos_BTP, sin_BTP = right.rope_table(*where)
+            by = cos_BTP.dtype.type(factor)
+            return cos_BTP * by, sin_BTP * by
+
+        return replace(right, rope_table=rope_table)
+
+    return Counterfactual("rope-scaling", parameters, layers, ops=ops)
+
+
 def at_positions(
     cause: str,
     parameters: Mapping[str, Any],

@@ -9,9 +9,9 @@ from verify.counterfactual import Counterfactual
 def graph_optimizer(evidence: Evidence) -> Iterator[Counterfactual]:
     """The graph is right as it stands, and wrong once the runtime has optimised it.
 
-    Seen: with ORT_DISABLE_ALL the run is equal, with the default level it is not.
+    Seen: with ORT_DISABLE_ALL the run is equal, with the default level it is not; traced, it may be right again.
     Why: a fusion replaces a pattern by an operator that computes something else, or for other shapes.
-    Test: the same export on the same provider with optimisation off, then level by level.
+    Test: the same export on the plain CPU with optimisation off, then level by level; "acts_as" is what it comes to.
     Fix: turn that level off (graph_optimization_level), and report the graph that --repro writes.
     Source: ONNX Runtime issue 17689.
     """
@@ -21,9 +21,9 @@ def graph_optimizer(evidence: Evidence) -> Iterator[Counterfactual]:
 def runtime_kernel(evidence: Evidence) -> Iterator[Counterfactual]:
     """One operator of the runtime gives wrong results for right inputs.
 
-    Seen: everything up to one node is right, its result is not; another provider has it right.
+    Seen: the export is right on the plain CPU and wrong on its provider, one node of it on the very same inputs.
     Why: a kernel that is wrong for some shapes, types, lengths or processors.
-    Test: the node alone on its own inputs: in the runtime, on its plain CPU, and in ONNX's ReferenceEvaluator.
+    Test: each node alone on the inputs that it had, on the plain CPU and in ONNX's ReferenceEvaluator.
     Fix: another provider or version of the runtime; report the node that --repro writes.
     Source: ONNX Runtime issues 29739 and 20521.
     """

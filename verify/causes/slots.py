@@ -1,7 +1,7 @@
 """What can become of a cache: of what is handed on from pass to pass, and of what attention sees of it."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from refengine.ops import Ops
 from verify.causes import Evidence
 from verify.causes.seeing import with_mask
-from verify.counterfactual import LayerPast, Pasts
+from verify.counterfactual import Counterfactual, LayerPast, Layers, Pasts
 
 
 def first_time(cache: Callable[[Pasts, int], Pasts]) -> Callable[[Pasts, int], Pasts]:
@@ -33,6 +33,22 @@ def pairs_of_layers(evidence: Evidence) -> Iterator[tuple[int, int]]:
     return (pair for pair in dict.fromkeys(pairs) if pair[0] >= 0 and pair[1] <= last)
 
 
+def handed(
+    cause: str, parameters: Mapping[str, object], layers: Layers, cache: Callable[[Pasts, int], Pasts]
+) -> Counterfactual:
+    """A mistake in what one pass hands to the next."""
+    return Counterfactual(cause, parameters, layers, cache=cache, is_causal=False)
+
+
+def in_narrow_floats(dtype: type, pasts: Pasts) -> Pasts:
+    """Keys and values rounded to a narrower float."""
+
+    def rounded(x_BKSH: np.ndarray) -> np.ndarray:
+        return x_BKSH.astype(dtype).astype(x_BKSH.dtype)
+
+    return [replace(past, k_BKSH=rounded(past.k_BKSH), v_BKSH=rounded(past.v_BKSH)) for past in pasts]
+
+
 def swapped(pasts: Pasts, step: int) -> Pasts:
     """Keys and values exchanged."""
     return [replace(past, k_BKSH=past.v_BKSH, v_BKSH=past.k_BKSH) for past in pasts]
@@ -45,6 +61,8 @@ def from_layers(order_L: Sequence[int], pasts: Pasts) -> Pasts:
 
 def keys_first_read_as_pairs(pasts: Pasts) -> Pasts:
     """A list of all keys, then all values, read as keys and values of one layer after the other."""
+    if not _are_alike(pasts):
+        return pasts
     listed = [past.k_BKSH for past in pasts] + [past.v_BKSH for past in pasts]
     return [
         replace(past, k_BKSH=k_BKSH, v_BKSH=v_BKSH)
@@ -54,11 +72,18 @@ def keys_first_read_as_pairs(pasts: Pasts) -> Pasts:
 
 def pairs_read_as_keys_first(pasts: Pasts) -> Pasts:
     """A list of keys and values of one layer after the other, read as all keys, then all values."""
+    if not _are_alike(pasts):
+        return pasts
     listed = [x_BKSH for past in pasts for x_BKSH in (past.k_BKSH, past.v_BKSH)]
     keys, values = listed[: len(pasts)], listed[len(pasts) :]
     return [
         replace(past, k_BKSH=k_BKSH, v_BKSH=v_BKSH) for past, k_BKSH, v_BKSH in zip(pasts, keys, values, strict=True)
     ]
+
+
+def _are_alike(pasts: Pasts) -> bool:
+    """Whether any array may be taken for any other; not where another mistake has made those of a layer shorter."""
+    return len({x_BKSH.shape for past in pasts for x_BKSH in (past.k_BKSH, past.v_BKSH)}) == 1
 
 
 def seeing(seen: Callable[[np.ndarray, int], np.ndarray], right: Ops) -> Ops:
@@ -128,13 +153,16 @@ def caching_unrotated(heads: int, only_new: bool, right: Ops) -> Ops:
         return np.concatenate([right.rotate(x_BTMH[:, :, :heads], cos_BTP, sin_BTP), x_BTMH[:, :, heads:]], axis=2)
 
     def attend(q_BTNH: np.ndarray, k: np.ndarray, *others: object) -> np.ndarray:
-        new = q_BTNH.shape[1]
-        k_BSKH = np.asarray(k).swapaxes(1, 2)
-        past, newest = np.split(k_BSKH, [k_BSKH.shape[1] - new], axis=1)
-        rotated = [right.rotate(newest, *table)]
-        if past.shape[1]:
-            last = [x_BTP[:, -1:] for x_BTP in table]
-            rotated.insert(0, past if only_new else right.rotate(past, *last))
-        return right.attend(q_BTNH, np.concatenate(rotated, axis=1).swapaxes(1, 2), *others)
+        if not table:  # another mistake rotates nothing
+            return right.attend(q_BTNH, k, *others)
+        size = 2 * table[0].shape[-1]
+        k_BSKH = np.array(k).swapaxes(1, 2)
+        # Another mistake may have given keys more dimensions, and for each a slot of zeros behind the others.
+        end = k_BSKH.shape[1] - (k_BSKH.shape[-1] - size)
+        past, newest = np.split(k_BSKH[:, :end, :, :size], [end - q_BTNH.shape[1]], axis=1)
+        newest[:] = right.rotate(newest, *table)
+        if past.shape[1] and not only_new:
+            past[:] = right.rotate(past, *(x_BTP[:, -1:] for x_BTP in table))
+        return right.attend(q_BTNH, k_BSKH.swapaxes(1, 2), *others)
 
     return replace(right, rotate=rotate, attend=attend)

@@ -10,6 +10,7 @@ import numpy as np
 from refengine.config import Config
 from refengine.weights import EMBEDDING, HEAD, Layer, Linear, Weights
 from verify.causes import Cause, Evidence, Family
+from verify.causes.fused import fused_orders, with_parts_in_order
 from verify.causes.pairing import DIRECTIONS, direction_of, permuted, with_permuted
 from verify.causes.slots import pairs_of_layers
 from verify.causes.tensors import ATTENTION, MLP, layer_of, modules_of, with_tensors, without_biases
@@ -17,6 +18,7 @@ from verify.counterfactual import Counterfactual
 from verify.report.weights import TensorRelation
 from verify.weights.exported import ExportedCheckpoint
 
+ROUNDED = 2.0**-7  # relative: what rounding to bfloat16 takes, and more
 NARROW: Mapping[str, type] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -25,16 +27,26 @@ def weights_changed(evidence: Evidence) -> Iterator[Counterfactual | Family]:
 
     Seen: wrong from the layer of the tensor on; names and shapes are right.
     Why: an initialiser that was not filled in, a file of another training step, parts of a fused weight in another
-        order.
-    Test: the reference with the export's own numbers in place of the checkpoint's, of all such tensors or of one.
+        order than they are read in.
+    Test: the reference with the export's own numbers in place of the checkpoint's, of all such tensors or of one, or of
+        those that are rounded too; or with the rows of q, k and v in the order that a fused weight has, or with k and v
+        exchanged.
     Fix: export again from the checkpoint; python -m verify inspect MODEL CANDIDATE lists the tensors.
     Source: ONNX issue 6655.
     """
     own = evidence.own
+    for order, layers in fused_orders(evidence):
+        layer = partial(with_parts_in_order, order)
+        yield Counterfactual("weights-changed", {"read as q, k, v": ", ".join(order)}, layers, layer=layer)
     wrong = [] if own is None else _without_own_causes(own, _unfaithful(evidence))
     if own is None or not wrong:
         return
-    yield _own_tensors("weights-changed", evidence.config, own, [each.name for each in wrong])
+    changed = _own_tensors("weights-changed", evidence.config, own, [each.name for each in wrong])
+    yield changed
+    if rounded := _rounded_in(own):
+        both = _own_tensors("weights-changed", evidence.config, own, [*(each.name for each in wrong), *rounded])
+        said = {**changed.parameters, "beside": f"weights in {own.stored_as}"}
+        yield replace(both, parameters=said, layers=changed.layers)
     if len(wrong) > 1:
         for each in wrong:
             yield _own_tensors("weights-changed", evidence.config, own, [each.name])
@@ -56,8 +68,7 @@ def weights_rounded(evidence: Evidence) -> Iterator[Counterfactual | Family]:
             rounded = partial(_rounded, dtype)
             yield Counterfactual("weights-rounded", {"stored_as": name}, weights=rounded)
         return
-    names = [each.relation.name for each in own.matched if each.relation.relation in ("rounded", "quantised")]
-    if names:
+    if names := _rounded_in(own):
         made = _own_tensors("weights-rounded", evidence.config, own, names)
         yield replace(made, parameters={"stored_as": own.stored_as}, layers=None)
 
@@ -164,6 +175,10 @@ def _unfaithful(evidence: Evidence, *others: str) -> list[TensorRelation]:
     ]
 
 
+def _rounded_in(own: ExportedCheckpoint) -> list[str]:
+    return [each.relation.name for each in own.matched if each.relation.relation in ("rounded", "quantised")]
+
+
 def _without_own_causes(own: ExportedCheckpoint, wrong: Sequence[TensorRelation]) -> list[TensorRelation]:
     """Those that are no head, no bias of zeros, no queries or keys for the other pairing, and in no layer that has
     the weights of another one.
@@ -208,7 +223,8 @@ def _order_in(own: ExportedCheckpoint, changed: Sequence[str]) -> list[int] | No
     for layer in layers:
         if norms.format(layer) in changed:
             mine = own.tensor(norms.format(layer)).astype(np.float64)
-            order[layer] = int(np.argmin([np.abs(mine - theirs).sum() for theirs in right]))
+            nearest = int(np.argmin([np.abs(mine - theirs).sum() for theirs in right]))
+            order[layer] = nearest if np.allclose(mine, right[nearest], rtol=ROUNDED, atol=0) else layer
     return order if order != list(layers) else None
 
 
