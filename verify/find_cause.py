@@ -1,6 +1,7 @@
 """From a run that is not equal to its diagnosis: where it goes wrong, on which rung, and by which cause."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,12 @@ from verify.causes.pages import fix
 from verify.compare import Progress, Unequal
 from verify.contestant import Contestant
 from verify.diagnose import diagnose
-from verify.locate import Located, Rung, blamed, ladder, locate, write_repro
+from verify.errors import NoVerdict
+from verify.locate import Located, Place, Rung, blamed, ladder, locate, write_repro
+from verify.reference import ReferenceRun
 from verify.report.figures import figure
 from verify.report.result import Diagnosis, Location
+from verify.runtime_fault import with_runtime_fault
 from verify.schedule import Schedule
 from verify.weights.exported import ExportedCheckpoint
 
@@ -50,40 +54,64 @@ def find_cause(
         InputError: `repro` cannot be written.
         NoVerdict: the candidate could not be run once more.
     """
-    if (where := _not_finite(unequal)) is not None:
-        return Diagnosis("unexplained", notes=(f"{where}, so that nothing can be held against the rest",))
     reference, run = unequal.reference, unequal.run
     batches = batches_of(unequal.request.schedule)
     passes = Passes(reference.prompts, reference.tokens, batches, unequal.mode == "on")
     on_own = unequal.expectation.own_weights and own is not None
     right = own if on_own and own is not None else checkpoint
     others = own if own is not None and not own.is_exact and not on_own else None
-
-    located = locate(
-        right, contestant, run, reference, passes, unequal.expectation, partial(progress.begin, steps=None)
-    )
-    notes = list(located.notes)
+    begin = partial(progress.begin, steps=None)
+    located = locate(right, contestant, run, reference, passes, unequal.expectation, begin)
+    begin("the ladder from the plain graph to this run")
+    rungs = ladder(contestant, run, reference, passes, others, unequal.expectation)
+    notes = [*_climbed(rungs), *located.notes]
     if repro is not None and located.shown is not None:
-        write_repro(contestant, located.shown, repro, "CPUExecutionProvider")
-        notes.append(f"{repro}: the smallest graph that shows it; run python repro.py there")
-    progress.begin("the ladder from the plain graph to this run", None)
-    rungs = ladder(contestant, run, reference, passes, others)
+        notes.append(_written(contestant, located, rungs, repro))
+    if (not_finite := _not_finite(unequal)) is not None:
+        return _told(Diagnosis("unexplained"), located, rungs, reference, [not_finite, *notes])
     evidence = Evidence(
         *(checkpoint.config, passes.use_cache, unequal.request.is_padded, max(reference.lengths)),
         batches=len(passes.batches),
         suspects=located.suspects,
-        constants=constants,
+        constants=_with_order_of_heads(constants, located),
         own=None if on_own else own,
     )
-    progress.begin("looking for the cause", None)
-    step = partial(progress.advance, 1)
+    progress.begin(f"looking for the cause, {seconds:g} seconds at most", math.ceil(seconds))
     likely = likely_at(located.first.point) if located.layers and located.first else ()
     found = diagnose(
-        *(right, passes, run, reference, evidence, CATALOGUE), likely=likely, seconds=seconds, on_step=step
+        *(right, passes, run, reference, evidence, CATALOGUE),
+        likely=likely,
+        given=located.given,
+        seconds=seconds,
+        on_seconds=progress.advance,
     )
+    return _told(found, located, rungs, reference, notes)
+
+
+def _told(
+    found: Diagnosis, located: Located, rungs: tuple[Rung, ...], reference: ReferenceRun, notes: Sequence[str]
+) -> Diagnosis:
+    """The diagnosis with what the ladder proves, the place, and what puts it right."""
+    found = with_runtime_fault(found, located, rungs, reference.logits.noise.overall_bound)
     causes = tuple(replace(cause, fix=fix(cause.name)) for cause in found.causes)
-    notes = [*_climbed(rungs), *notes, *found.notes]
-    return replace(found, causes=causes, location=_location(located, rungs), notes=tuple(notes))
+    return replace(found, causes=causes, location=_location(located, rungs), notes=(*notes, *found.notes))
+
+
+def _written(contestant: Contestant, located: Located, rungs: tuple[Rung, ...], repro: Path) -> str:
+    """What is said of the smallest graph, which is run by who has it wrong."""
+    first, shown = located.first, located.shown
+    provider = first.provider if first is not None and blamed(rungs) == "provider" else None
+    try:
+        if shown is not None:
+            write_repro(contestant, shown, repro, provider or "CPUExecutionProvider")
+    except NoVerdict as error:
+        return f"{repro}: not written: {error}"
+    return f"{repro}: the smallest graph that shows it; run python repro.py there"
+
+
+def _with_order_of_heads(constants: Mapping[str, tuple[Any, ...]], located: Located) -> Mapping[str, tuple[Any, ...]]:
+    order = located.first.order if located.first is not None else ()
+    return {**constants, "head_order": (order,)} if order else constants
 
 
 def batches_of(schedule: Schedule) -> list[tuple[int, ...]]:
@@ -94,15 +122,26 @@ def batches_of(schedule: Schedule) -> list[tuple[int, ...]]:
 
 
 def _location(located: Located, rungs: tuple[Rung, ...]) -> Location:
-    first = located.first
+    first, rung = located.first, blamed(rungs)
     if first is None:
-        return Location(rung=blamed(rungs))
-    node = first.node and f"{first.node} ({', '.join(filter(None, (first.operator, first.provider)))})"
+        return Location(rung=rung)
+    node, operator = first.node, first.operator
+    if rung == "provider" and first.differs is not None:
+        node, operator = first.differs.node, first.differs.operator
+    named = node and f"{node} ({', '.join(filter(None, (operator, first.provider)))})"
     heads = f", heads {', '.join(map(str, first.heads))}" if first.heads else ""
     others = [layer for layer in located.layers if layer != first.layer]
     also = f", and in {len(others)} other layers" if others else ""
-    detail = f"first in row {first.row} at position {first.position}, {first.phase}{heads}{also}"
-    return Location(first.layer, first.point, node, blamed(rungs), detail)
+    detail = f"first in row {first.row} at position {first.position}, {first.phase}{heads}{also}{_alone(first)}"
+    return Location(first.layer, first.point, named, rung, detail)
+
+
+def _alone(first: Place) -> str:
+    """What became of nodes that were run by themselves, in words; nothing where nobody has them right."""
+    if first.differs is not None:
+        others, by = " and ".join(first.differs.others), figure(first.differs.by)
+        return f"; {first.differs.node} is off by {by} of its result from what {others} make of the same inputs"
+    return f"; alone it is right on {' and '.join(first.replays)}" if first.replays else ""
 
 
 def _climbed(rungs: tuple[Rung, ...]) -> list[str]:
@@ -121,5 +160,6 @@ def _not_finite(unequal: Unequal) -> str | None:
         wrong_P = ~np.isfinite(logits_PV).all(axis=-1)
         if wrong_P.any():
             position = unequal.reference.lengths[row] - len(logits_PV) + int(wrong_P.argmax())
-            return f"logits are NaN or infinite from row {row}, position {position} on"
+            where = f"logits are NaN or infinite from row {row}, position {position} on"
+            return f"{where}, so that no cause of the catalogue can be tried"
     return None

@@ -49,21 +49,24 @@ def print_explanation(name: str, what: str, sections: Sequence[tuple[str, str]],
 
 
 def _verdict(report: Report) -> str:
+    concerned = [cell for cell in report.cells if cell.verdict == report.verdict]
+    expected = sorted({cell.expect for cell in concerned})
+    ties = sum(cell.tokens.ties for cell in concerned if cell.tokens)
+    tied = f" ({ties} of them ties within the noise)" if ties else ""
     if report.verdict == "equal":
         compared = sum(cell.tokens.compared for cell in report.cells if cell.tokens)
-        ties = sum(cell.tokens.ties for cell in report.cells if cell.tokens)
-        tied = f" ({ties} of them ties within the noise)" if ties else ""
         runs = "1 run" if len(report.cells) == 1 else f"{len(report.cells)} runs"
         whose = f"all {compared} tokens of {runs} are {_whose(report)}{tied}"
         if any(cell.noise_ratio is None for cell in report.cells):
             return f"{whose}; how far its logits are off was not recorded"
-        expected = sorted({cell.expect for cell in report.cells})
         honest = "honest float32" if expected == ["float32"] else f"what is expected ({', '.join(expected)})"
         return f"{whose}, and the {_judged(report)} are {honest}"
-    where = ", ".join(_name(cell, " with cache ") for cell in report.cells if cell.verdict == report.verdict)
+    where = ", ".join(_name(cell, " with cache ") for cell in concerned)
+    unit = " or ".join(expected)
+    judged = "keys and values" if all(map(_strays_in_cache_alone, concerned)) else f"the {_judged(report)}"
     return {
-        "drift": f"every token is right, but the {_judged(report)} are further off than float32 explains, on {where}",
-        "mismatch": f"tokens differ that float32 noise cannot explain, on {where}",
+        "drift": f"every token is right{tied}, but {judged} are further off than {unit} explains, on {where}",
+        "mismatch": f"tokens differ that {unit} noise cannot explain, on {where}",
         "no-verdict": f"the candidate could not be run to the end, on {where}",
     }[report.verdict]
 
@@ -75,6 +78,11 @@ def _whose(report: Report) -> str:
 
 def _judged(report: Report) -> str:
     return "logprobs" if any(cell.logprobs for cell in report.cells) else "logits"
+
+
+def _strays_in_cache_alone(cell: Cell) -> bool:
+    noise = cell.noise_ratio
+    return noise is not None and bool(noise.cache_beyond) and noise.has_logits_within
 
 
 def _name(cell: Cell, cache: str) -> str:
@@ -102,7 +110,7 @@ def _explanations(report: Report) -> list[str]:
 
 
 def _to_do(report: Report) -> str:
-    if report.verdict == "equal":
+    if report.verdict == "equal" and report.diagnosis == "none":
         return "nothing"
     if report.verdict == "no-verdict":
         return "put right what the cause names, or compare on another runtime (--runtime)"
@@ -207,11 +215,13 @@ def _print_details(cell: Cell, console: Console) -> None:
     if cell.noise_ratio and cell.noise_ratio.cache:
         point, ratio = max(cell.noise_ratio.cache.items(), key=lambda item: item[1])
         lines.append(f"of the cache, {point} is noisiest: {figure(ratio)}")
-        if cell.noise_ratio.cache_beyond and cell.verdict == "equal":
-            lines.append(
-                f"the logits are right, but {len(cell.noise_ratio.cache_beyond)} of {len(cell.noise_ratio.cache)} "
-                "present.* outputs are not what this checkpoint keeps; whoever decodes with them goes wrong"
-            )
+        if cell.verdict != "mismatch" and _strays_in_cache_alone(cell):
+            beyond = f"the logits are right, but {len(cell.noise_ratio.cache_beyond)} of {len(cell.noise_ratio.cache)} "
+            if cell.cache == "on":
+                lines.append(f"{beyond}keys and values of its layers are further off than {cell.expect} explains")
+            else:
+                wrong = "present.* outputs are not what this checkpoint keeps; whoever decodes with them goes wrong"
+                lines.append(f"{beyond}{wrong}")
     lines += _process(cell)
     for line in lines:
         console.print(escape(name + line), soft_wrap=True, highlight=False)
@@ -254,5 +264,5 @@ def _process(cell: Cell) -> list[str]:
         did.append(f"at most {cell.peak_memory_bytes / 1e9:.2f} GB in memory")
     lines = [", ".join(did)] if did else []
     if cell.output:
-        lines.append(f"it wrote {len(cell.output)} lines or more, the last: {cell.output[-1]}")
+        lines.append(f"the last line that it wrote: {cell.output[-1]}")
     return lines

@@ -5,20 +5,31 @@ from collections.abc import Iterator
 from verify.report.figures import figure
 from verify.report.result import CauseFound, Diagnosis, Location
 
+OF_RUNTIMES = ("graph-optimizer", "runtime-kernel")  # shown by running an export without them
+
 
 def cause_in_words(diagnosed: Diagnosis) -> str:
     """One line: the cause, or the causes that cannot be told apart, or that none is known."""
     explaining = [cause for cause in diagnosed.causes if cause.status != "ruled-out"]
-    if not explaining:
+    if not explaining or diagnosed.status == "unexplained":
         measured = [(cause.noise_ratio, cause) for cause in diagnosed.causes if cause.noise_ratio is not None]
         ratio, best = min(measured, key=lambda each: each[0].after, default=(None, None))
         if ratio is None or best is None or ratio.after >= ratio.before:
             return "not known: no cause of the catalogue explains any of it"
-        return f"not known: what comes nearest is {_named(best)}, which leaves {_left(best)}"
+        return f"not known: what comes nearest is {cause_in_a_phrase(best)}, which leaves {_left(best)}"
     first = explaining[0]
     if diagnosed.status == "ambiguous":
-        return f"one of {'; '.join(map(_named, explaining))}: each leaves the noise alone, as {_left(first)}"
-    return f"{' and '.join(map(_named, explaining))}: with it in the reference, what is left is {_left(first)}"
+        return f"one of {'; '.join(map(cause_in_a_phrase, explaining))}: each leaves the noise alone, as {_left(first)}"
+    found = " and ".join(map(cause_in_a_phrase, explaining))
+    how = "run without it" if first.name in OF_RUNTIMES else "with it in the reference"
+    return f"{found}: {how}, what is left is {_left(first)}"
+
+
+def cause_in_a_phrase(cause: CauseFound) -> str:
+    """Its name, its parameters in brackets, and its layers."""
+    parameters = ", ".join(f"{name} {_value(value)}" for name, value in cause.parameters.items())
+    layers = "" if cause.layers is None else f" in layer{'s' * (len(cause.layers) > 1)} {_numbers(cause.layers)}"
+    return f"{cause.name}{f' ({parameters})' if parameters else ''}{layers}"
 
 
 def to_do_in_words(diagnosed: Diagnosis) -> str | None:
@@ -40,12 +51,6 @@ def details(diagnosed: Diagnosis) -> Iterator[str]:
         )
         yield f"ruled out{f', with what each leaves of {figure(ratios[0].before)}' if ratios else ''}: {tried}"
     yield from diagnosed.notes
-
-
-def _named(cause: CauseFound) -> str:
-    parameters = ", ".join(f"{name} {_value(value)}" for name, value in cause.parameters.items())
-    layers = "" if cause.layers is None else f" in layer{'s' * (len(cause.layers) > 1)} {_numbers(cause.layers)}"
-    return f"{cause.name}{f' ({parameters})' if parameters else ''}{layers}"
 
 
 def _value(value: object) -> str:

@@ -73,8 +73,8 @@ class NoiseRatio:
         worst_position: of the logits, the position with the largest ratio.
         position_bound: up to where that counts as honest.
         cache: over all positions of each layer's keys and values, by trace point; empty where the export gives none.
-        cache_beyond: the points of `cache` beyond what honest float32 explains; no part of the verdict, since with the
-            cache wrong keys and values show in the logits, and without it nobody reads them.
+        cache_beyond: the points of `cache` beyond what honest arithmetic explains; in float32 no part of the verdict,
+            since with the cache wrong keys and values show in the logits, and without it nobody reads them.
         worst: the largest ratio at any position of any point compared.
     """
 
@@ -85,6 +85,12 @@ class NoiseRatio:
     cache: Mapping[str, float]
     cache_beyond: tuple[str, ...]
     worst: Worst
+
+    @property
+    def has_logits_within(self) -> bool:
+        """Whether the logits are within their bounds, over all positions and at each."""
+        # Written so that NaN, which compares false with everything, is never within a bound.
+        return self.logits <= self.bound and self.worst_position.ratio <= self.position_bound
 
 
 @dataclass(frozen=True)
@@ -255,9 +261,12 @@ class Report:
 
     @property
     def diagnosis(self) -> Literal["none", "named", "ambiguous", "unexplained"]:
-        """Whether there is something to explain, and whether it is: by a candidate's own settings, or by a cause."""
+        """Whether there is something to explain, and whether it is: by a candidate's own settings, or by a cause.
+
+        A record whose every token is right may still be that of a loop with a mistake: one that does not end.
+        """
         if self.verdict not in ("drift", "mismatch"):
-            return "none"
+            return self.diagnosed.status if self.diagnosed else "none"
         if self.is_explained_by_settings:
             return "named"
         return self.diagnosed.status if self.diagnosed else "unexplained"
