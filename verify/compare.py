@@ -9,11 +9,12 @@ from typing import Protocol
 from refengine.checkpoint import Checkpoint
 from refengine.errors import CheckpointError
 from refengine.tokens import Rows
+from verify.arithmetic import FLOAT32
 from verify.candidates import Opened, Settings
 from verify.contestant import Contestant
 from verify.drive import CandidateRun
 from verify.errors import NoVerdict
-from verify.expect import EXACT, Expectation, expectations, joined
+from verify.expect import AND, EXACT, Expectation, expectations, joined
 from verify.judge import judge
 from verify.own_weights import are_expected
 from verify.reference import ReferenceRun
@@ -53,6 +54,21 @@ class Unequal:
 
 
 @dataclass(frozen=True)
+class Explained:
+    """A run that is equal to what its own settings and weights say, though not to what was asked for.
+
+    Attributes:
+        asked, said: what it was held against.
+        before, after: its noise ratio against each.
+    """
+
+    asked: Expectation
+    said: Expectation
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class _Held:
     """A run held against one reference, and the seconds that it took of each side."""
 
@@ -73,7 +89,9 @@ class Comparison:
             the reference on them too, to tell what rounding weights costs from whatever else is wrong.
 
     Attributes:
-        unequal: the first run whose verdict is neither equal nor explained by what its own settings say.
+        unequal: a run whose verdict is neither equal nor explained by what its own settings say. With the cache where
+            there is one: without it every new token is a pass over all before it, and the cache tells where to look.
+        explained: of those that are not equal and are explained by that, the one whose settings say most.
     """
 
     def __init__(
@@ -88,6 +106,7 @@ class Comparison:
         self.progress = progress
         self.own = own
         self.unequal: Unequal | None = None
+        self.explained: Explained | None = None
         self.references = References(checkpoint, own, lambda what: progress.begin(what, None), exact_run)
 
     def cells(self, candidate: Contestant) -> list[Cell]:
@@ -130,15 +149,24 @@ class Comparison:
             judged = held.judgement
             verdict, tokens, noise = judged.verdict, judged.tokens, judged.noise_ratio
             cell = replace(cell, verdict=verdict, tokens=tokens, noise_ratio=noise, seconds=seconds, also=also)
-            explains = False
             if verdict in ("drift", "mismatch") and said.name != expectation.name:
-                explains = self._held(candidate, mode, request, run, said).judgement.verdict == "equal"
-                cell = replace(cell, explained_by=said.name if explains else None)
-            if verdict in ("drift", "mismatch") and not explains and self.unequal is None:
+                held = self._held(candidate, mode, request, run, said)  # so that its own noise hides no mistake
+                if held.judgement.verdict == "equal":
+                    cell = replace(cell, explained_by=said.name)
+                    ratios = noise.logits, held.judgement.noise_ratio.logits
+                    self._keep(Explained(expectation, said, *ratios))
+            if verdict in ("drift", "mismatch") and cell.explained_by is None and (not self.unequal or mode == "on"):
                 self.unequal = held.unequal
         except NoVerdict as error:
             cell = replace(cell, reason=str(error))
         return replace(cell, peak_memory_bytes=candidate.peak_memory, output=tuple(candidate.said))
+
+    def _keep(self, explained: Explained) -> None:
+        def parts(each: Explained) -> int:
+            return len(each.said.name.split(AND))
+
+        if self.explained is None or parts(explained) > parts(self.explained):
+            self.explained = explained
 
     def _said(self, candidate: Opened) -> Expectation:
         """What a candidate's settings say, and the export's weights where they are nothing but rounded."""
@@ -181,7 +209,8 @@ class Comparison:
             seconds = forced.seconds
             run = replace(forced, tokens=_with_first_differences(forced.tokens, run.tokens, reference.tokens))
         began = time.perf_counter()
-        verdict, tokens, noise = judge(run, reference)
+        coarse = mode == "on" and expectation.arithmetic != FLOAT32 and expectation.scheme is None
+        verdict, tokens, noise = judge(run, reference, coarse=coarse)
         if expectation.scheme is not None:
             # Values of a quantised cache differ where a code fell on the other side of a step: too seldom for a
             # handful of orders to say how often is too often. What comes of it is judged by the logits.

@@ -6,7 +6,7 @@ import numpy as np
 
 from verify.candidates import Past
 from verify.errors import NoVerdict
-from verify.interface import SWITCHES, Declared, Interface
+from verify.interface import SWITCHES, USE_CACHE, Declared, Interface
 
 CACHE_POINTS = ("k_cache", "v_cache")
 PADDING_POSITION = 0  # what position_ids holds at padding: masked out, but it has to be in every RoPE table
@@ -36,7 +36,7 @@ def feed(
         "input_ids": token_ids_BT,
         "attention_mask": positions_BS >= 0,
         "position_ids": np.where(positions_BT < 0, PADDING_POSITION, positions_BT),
-        "use_cache_branch": past is not None,
+        USE_CACHE: past is not None,
         "num_logits_to_keep": 0,  # which keeps the logits of every token
         "beam_idx": np.arange(len(token_ids_BT)),  # every row goes on from itself
     }

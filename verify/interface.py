@@ -10,7 +10,8 @@ from refengine.errors import InputError
 # past_key_values.3.key (optimum, model builder), past_key_3 (Olive), past_3_key, ...; present likewise.
 CACHE_NAME = re.compile(r"(past|present)(?:[._]key[._]values)?[._](?:(\d+)[._](key|value)|(key|value)[._](\d+))")
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
-SWITCHES = ("use_cache_branch", "num_logits_to_keep")
+USE_CACHE = "use_cache_branch"
+SWITCHES = (USE_CACHE, "num_logits_to_keep")
 BEAM_INPUT = "beam_idx"  # of a stateful export: which row of the past each row goes on from
 CACHE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 QUERY_HEADS_FOR_KV_HEADS = (

@@ -13,6 +13,7 @@ from refengine.errors import InputError
 from refengine.prompts import encode_checked, read_prompts
 from refengine.requests import Limits, check_request
 from refengine.tokenizer import encode_prompt, load_tokenizer
+from verify.by_settings import named_by_settings
 from verify.candidates.checkpoint_file import CheckpointFile
 from verify.candidates.files import describe_candidate
 from verify.candidates.graph_constants import graph_constants
@@ -33,6 +34,7 @@ from verify.run_openai import check_options, judge_server
 from verify.runtimes import SERVER
 from verify.saved_reference import load_reference, save_reference
 from verify.terminal import check_json_place, deliver, progress_bars
+from verify.weights.exported import ExportedCheckpoint
 from verify.workers.worker import Bounds
 
 MODES: Mapping[str, tuple[CacheMode, ...]] = {"both": ("off", "on"), "on": ("on",), "off": ("off",)}
@@ -94,8 +96,15 @@ def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> 
         tuple(notes + runs.notes),
         tuple(not_revealed(checkpoint.config, request, runs.padded)),
         weights=weights,
-        diagnosed=runs.diagnosed,
+        diagnosed=runs.diagnosed or _by_settings(comparison, own),
     )
+
+
+def _by_settings(comparison: Comparison, own: ExportedCheckpoint | None) -> Diagnosis | None:
+    """What explains every run that is not equal, where their settings do."""
+    if comparison.explained is None or comparison.unequal is not None:
+        return None
+    return named_by_settings(comparison.explained, None if own is None else own.stored_as)
 
 
 @dataclass
@@ -141,9 +150,10 @@ class _Runs:
 def _report_on_server(options: argparse.Namespace, checkpoint: Checkpoint) -> Report:
     request = _request(options, checkpoint)
     settings = _provider_options(options.provider_option)
+    seconds = None if options.no_diagnose else options.diagnose_seconds
     with progress_bars() as progress:
         return judge_server(
-            checkpoint, request.prompts, request.max_new_tokens, settings, request.expectation, progress
+            checkpoint, request.prompts, request.max_new_tokens, settings, request.expectation, progress, seconds
         )
 
 
@@ -204,6 +214,11 @@ def _pythons(given: Sequence[str], runtimes: Sequence[str]) -> dict[str, Path]:
         named = [runtime] if equals and runtime in runtimes else runtimes
         python = Path(path if equals and runtime in runtimes else text)
         if not python.is_file():
+            if equals and Path(path).is_file():
+                raise InputError(
+                    f"--python: {runtime!r} is none of the runtimes that are compared ({', '.join(runtimes)}); add "
+                    f"--runtime {runtime}, or leave it out"
+                )
             raise InputError(f"--python: expected a Python interpreter, as in ENVIRONMENT/bin/python, found {text!r}")
         pythons |= dict.fromkeys(named, python)
     return pythons

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,11 @@ def contents(directory: Path) -> dict[Path, int]:
         (["--json", "."], ["is a directory; expected the name of a file"]),
         (["--save-reference", "nowhere/reference.npz"], ["nowhere/reference.npz: no such directory"]),
         (["--reference", "nowhere.npz"], ["nowhere.npz: not a whole reference run", "No such file"]),
+        (
+            ["--python", f"genai={sys.executable}"],
+            ["'genai' is none of the runtimes that are compared", "--runtime genai"],
+        ),
+        (["--python", "genai=nowhere"], ["--python: expected a Python interpreter", "found 'genai=nowhere'"]),
         (["--prompts", "nowhere.txt"], ["nowhere.txt: prompts could not be read"]),
         (["--max-tokens", 40], ["--max-tokens: limits dynamic batches alone, found --batching static"]),
         (["--batching", "continuous", "--max-tokens", 40], ["--max-tokens", "found --batching continuous"]),
@@ -70,6 +76,7 @@ def test_options_that_cannot_be_used_are_one_line(small, tmp_path, monkeypatch, 
         (["--max-new-tokens", "many"], "expected a whole number from 1, found 'many'"),
         (["--batch-size", "-1"], "argument --batch-size: expected"),
         (["--runtime", "abacus"], "argument --runtime: expected ort-cpu"),
+        (["--runtime", "abacus"], "found 'abacus'; or openai, without CANDIDATE"),
         (["--batching", "elastic"], "argument --batching: invalid choice: 'elastic'"),
         (["--batching", "dynamic", "--max-tokens", "0"], "argument --max-tokens: expected"),
         (["--cache", "maybe"], "argument --cache: invalid choice: 'maybe'"),

@@ -14,6 +14,7 @@ from verify.causes import Evidence
 from verify.causes.constants import Constant, misread, shortest
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
+FACTORS_OF_OPTIMUM = ("/model/rotary_emb/Constant_7", "/model/rotary_emb/Constant_8")
 LLAMA, MISTRAL = (open_checkpoint(FIXTURES / name).config for name in ("tiny_llama", "tiny_mistral"))
 FUSED = FIXTURES / "exports" / "genai" / "model.onnx"
 EXPORTS = {
@@ -127,3 +128,23 @@ def test_a_rotary_table_that_is_filled_up_with_its_last_row_ends_there(length, t
     clean, found = (graph_constants(path, LLAMA) for path in (FUSED, tmp_path / "model.onnx"))
     assert [constant.value for constant in found["rope_table_length"]] == [length]
     assert found["inv_freq"][0].value == pytest.approx(clean["inv_freq"][0].value, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_cos_and_sin_of_a_clean_export_are_multiplied_by_nothing(name):
+    found = graph_constants(FIXTURES / "exports" / name, EXPORTS[name])
+    assert {constant.value for constant in found.get("attention_factor", ())} <= {1.0}
+
+
+@pytest.mark.parametrize("exporter", ["genai", "optimum"])
+def test_what_cos_and_sin_are_multiplied_by_is_found_in_tables_and_behind_them(exporter, tmp_path):
+    model = onnx.load(FIXTURES / "exports" / exporter / "model.onnx")
+    tables = [tensor for tensor in model.graph.initializer if tensor.name in ("cos_cache", "sin_cache")]
+    factors = [node for node in model.graph.node if node.name in FACTORS_OF_OPTIMUM]
+    for tensor in [*tables, *(node.attribute[0].t for node in factors)]:
+        larger = onnx.numpy_helper.to_array(tensor) * np.float32(1.5)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(larger, tensor.name))
+    onnx.save(model, tmp_path / "model.onnx")
+    found = graph_constants(tmp_path / "model.onnx", LLAMA)["attention_factor"]
+    assert {constant.value for constant in found} == {1.5}
+    assert layers_of(found) == set(range(LLAMA.num_hidden_layers))

@@ -82,6 +82,36 @@ def test_a_wrong_cache_that_nobody_read_is_pointed_out_beside_the_verdict():
     assert "present.*" not in printed(report(cell(cache="on", verdict="mismatch", ratio=wrong, first=FLIP)))
 
 
+def test_a_cache_that_was_read_and_is_further_off_is_not_said_to_lead_astray():
+    coarse = replace(noise(), cache={"layers.0.self_attn.k_cache": 8.5}, cache_beyond=("layers.0.self_attn.k_cache",))
+    text = printed(report(replace(cell(cache="on", ratio=coarse), expect="float16")))
+    assert "present.*" not in text
+    assert (
+        "ort-openvino, cache on: the logits are right, but 1 of 1 keys and values of its layers are further off than "
+        "float16 explains" in text
+    )
+
+
+def test_drift_of_the_cache_alone_is_said_to_be_that():
+    coarse = replace(noise(), cache={"layers.0.self_attn.k_cache": 8.5}, cache_beyond=("layers.0.self_attn.k_cache",))
+    shown = report(replace(cell(cache="on", verdict="drift", ratio=coarse), expect="bfloat16"))
+    assert first_lines(shown)[0] == (
+        "drift: every token is right, but keys and values are further off than bfloat16 explains, on ort-openvino with "
+        "cache on"
+    )
+    assert "1 of 1 keys and values of its layers are further off than bfloat16 explains" in printed(shown)
+
+
+def test_drift_and_mismatch_say_what_they_were_held_against_and_that_ties_are_no_fault():
+    verdict, *_ = first_lines(report(replace(cell(verdict="drift", ties=2), expect="int4-weights+float16")))
+    assert verdict == (
+        "drift: every token is right (2 of them ties within the noise), but the logits are further off than "
+        "int4-weights+float16 explains, on ort-openvino with cache on"
+    )
+    verdict, *_ = first_lines(report(replace(cell(verdict="mismatch", first=FLIP), expect="bfloat16")))
+    assert verdict == "mismatch: tokens differ that bfloat16 noise cannot explain, on ort-openvino with cache on"
+
+
 def test_drift_and_mismatch_name_the_runs_that_have_them_and_no_others():
     shown = report(
         cell("ort-cpu", "off"), cell("ort-cpu", "on", "drift"), cell("ort-openvino", "on", "mismatch", first=FLIP)
