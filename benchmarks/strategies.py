@@ -21,7 +21,7 @@ from refengine.blockwise import BLOCKWISE
 from refengine.generate import new_cache
 from refengine.kvcache import NO_CACHE
 from refengine.requests import Limits
-from verify.noise import attend_with_probabilities
+from verify.truth.noise import attend_with_probabilities
 
 PROMPT, SHORT, LONG, REQUESTS, BATCH = 16, 10, 100, 32, 8
 POSITION, PREFILLED, ROUNDS = 512, 4096, 3

@@ -16,19 +16,19 @@ from refengine.checkpoint import Checkpoint, open_checkpoint
 from refengine.config import Config
 from refengine.errors import InputError
 from verify.candidates import Settings
-from verify.counterfactual import Mistakes
 from verify.diagnose_trace import diagnose_trace
 from verify.drive import CandidateRun
 from verify.expect import Expectation, expected
 from verify.files import sha256_of
-from verify.follow import follow
 from verify.judge import compare_noise, count_tokens, differences, verdict_on
-from verify.noise import rms
-from verify.reference import Reference, Rows
+from verify.naming.counterfactual import Mistakes
 from verify.report.result import Cell, Exported, LogProbs, Model, NoiseRatio, Report, Seconds
 from verify.request import Request, not_revealed
-from verify.terminal import check_json_place, deliver, progress_bars
 from verify.trace_file import TopLogprobs, Trace, check_trace, read_trace
+from verify.truth.follow import follow
+from verify.truth.noise import rms
+from verify.truth.reference import Reference, Rows
+from verify.verbs.terminal import check_json_place, deliver, progress_bars
 
 
 def run_check(options: argparse.Namespace) -> int:

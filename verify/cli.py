@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from refengine.checkpoint import open_checkpoint
 from refengine.errors import InputError
-from verify import options
 from verify.errors import NoVerdict
+from verify.verbs import options
 
 OK, BAD_INPUT, NO_VERDICT, INTERRUPTED = 0, 2, 3, 130
 
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _compare(given: argparse.Namespace) -> int:
-    from verify.run_compare import run_compare
+    from verify.verbs.run_compare import run_compare
 
     return run_compare(given)
 
@@ -89,19 +89,19 @@ def _bench(given: argparse.Namespace) -> int:
 
 
 def _causes(given: argparse.Namespace) -> int:
-    from verify.run_causes import run_causes
+    from verify.verbs.run_causes import run_causes
 
     return run_causes(given)
 
 
 def _explain(given: argparse.Namespace) -> int:
-    from verify.run_causes import run_explain
+    from verify.verbs.run_causes import run_explain
 
     return run_explain(given)
 
 
 def _inspect(given: argparse.Namespace) -> int:
-    from verify.run_inspect import run_inspect
+    from verify.verbs.run_inspect import run_inspect
 
     return run_inspect(given)
 

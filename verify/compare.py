@@ -9,7 +9,6 @@ from typing import Protocol
 from refengine.checkpoint import Checkpoint
 from refengine.errors import CheckpointError
 from refengine.tokens import Rows
-from verify.arithmetic import FLOAT32
 from verify.candidates import Opened, Settings
 from verify.contestant import Contestant
 from verify.drive import CandidateRun
@@ -17,10 +16,11 @@ from verify.errors import NoVerdict
 from verify.expect import AND, EXACT, Expectation, expectations, joined
 from verify.judge import judge
 from verify.own_weights import are_expected
-from verify.reference import ReferenceRun
-from verify.references import References
 from verify.report.result import Cell, Judgement, Seconds
 from verify.request import CacheMode, Request, request_for
+from verify.truth.arithmetic import FLOAT32
+from verify.truth.reference import ReferenceRun
+from verify.truth.references import References
 from verify.weights.exported import ExportedCheckpoint
 
 

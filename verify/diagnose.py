@@ -9,20 +9,20 @@ import numpy as np
 
 from refengine.checkpoint import Checkpoint
 from refengine.weights import Weights
-from verify.as_if import Passes
 from verify.causes import Cause, Evidence, Unit
 from verify.causes.footprint import AFTER_PROMPTS
-from verify.coarse import Coarse, Explaining
 from verify.drive import CandidateRun
-from verify.layer_screen import HALVES, Given, LayerScreen
-from verify.layerwise import Layerwise, explain_layers, without_last_norm
-from verify.noise import rms
-from verify.opened import open_weights
-from verify.reference import ReferenceRun
+from verify.naming.as_if import Passes
+from verify.naming.coarse import Coarse, Explaining
+from verify.naming.layer_screen import HALVES, Given, LayerScreen
+from verify.naming.layerwise import Layerwise, explain_layers, without_last_norm
+from verify.naming.screen import EXPLAINED, Screen, Tried, telling_rows
+from verify.naming.search import AS_WELL, Clock, Search
+from verify.naming.telling_apart import telling_probe
 from verify.report.result import CauseFound, Diagnosis, Residual
-from verify.screen import EXPLAINED, Screen, Tried, telling_rows
-from verify.search import AS_WELL, Clock, Search
-from verify.telling_apart import telling_probe
+from verify.truth.noise import rms
+from verify.truth.opened import open_weights
+from verify.truth.reference import ReferenceRun
 
 MOST_CONFIRMED = 6  # promising ones that are run once more on everything
 COARSE_HELPS = 0.5  # a mistake beside which only rounding is left leaves no more of the ratio than this

@@ -10,19 +10,19 @@ import numpy as np
 
 from refengine.checkpoint import Checkpoint
 from refengine.config import Config
-from verify.as_if import Passes, run_as_if
 from verify.causes import Evidence, Family
 from verify.causes.cache import cache_not_reset
 from verify.causes.driver import USUAL_PENALTIES, bos_doubled, bos_missing, mask_length, repetition_penalty
 from verify.causes.pages import fix
 from verify.causes.rope import position_offset
-from verify.counterfactual import Counterfactual
-from verify.follow import log_softmax
-from verify.noise import rms
-from verify.opened import open_weights
+from verify.naming.as_if import Passes, run_as_if
+from verify.naming.counterfactual import Counterfactual
+from verify.naming.screen import EXPLAINED
 from verify.report.result import CauseFound, Cell, Diagnosis, Residual
-from verify.screen import EXPLAINED
 from verify.trace_file import Trace
+from verify.truth.follow import log_softmax
+from verify.truth.noise import rms
+from verify.truth.opened import open_weights
 
 Status = Literal["confirmed", "equivalent", "ruled-out"]
 LOOPS = (bos_missing, bos_doubled, mask_length, position_offset, cache_not_reset)

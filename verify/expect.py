@@ -6,7 +6,7 @@ from refengine.codecs.ggml import Turned
 from refengine.errors import InputError
 from refengine.quant import SCHEMES
 from refengine.scheme import Scheme
-from verify.arithmetic import ARITHMETICS, FLOAT32, Arithmetic
+from verify.truth.arithmetic import ARITHMETICS, FLOAT32, Arithmetic
 
 AUTO = "auto"  # what the runtime's own settings say
 AND = "+"

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from refengine.checkpoint import Checkpoint
-from verify.as_if import Passes
 from verify.causes import Evidence
 from verify.causes.catalogue import CATALOGUE
 from verify.causes.footprint import likely_at
@@ -20,11 +19,12 @@ from verify.contestant import Contestant
 from verify.diagnose import diagnose
 from verify.errors import NoVerdict
 from verify.locate import Located, Place, Rung, blamed, ladder, locate, write_repro
-from verify.reference import ReferenceRun
+from verify.naming.as_if import Passes
+from verify.naming.runtime_fault import with_runtime_fault
 from verify.report.figures import figure
 from verify.report.result import Diagnosis, Location
-from verify.runtime_fault import with_runtime_fault
 from verify.schedule import Schedule
+from verify.truth.reference import ReferenceRun
 from verify.weights.exported import ExportedCheckpoint
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from verify.drive import CandidateRun
-from verify.noise import rms
-from verify.reference import Measured, ReferenceRun, step_slices
 from verify.report.result import Difference, FirstMismatch, NoiseRatio, Tokens, Verdict, Worst
+from verify.truth.noise import rms
+from verify.truth.reference import Measured, ReferenceRun, step_slices
 
 
 def judge(run: CandidateRun, reference: ReferenceRun, *, coarse: bool = False) -> tuple[Verdict, Tokens, NoiseRatio]:

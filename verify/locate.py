@@ -10,12 +10,10 @@ from dataclasses import dataclass, replace
 
 from refengine.checkpoint import Checkpoint
 from refengine.errors import InputError
-from verify.as_if import Passes
 from verify.contestant import Contestant
 from verify.drive import CandidateRun
 from verify.errors import NoVerdict
 from verify.expect import EXACT, Expectation
-from verify.layer_screen import Given, given_layers
 from verify.locating.flow import Flow
 from verify.locating.free_taps import Suspects, Tap, free_taps, suspects
 from verify.locating.introduced import Arithmetics, Part, parts, wrong_parts
@@ -24,8 +22,10 @@ from verify.locating.repro import write_repro
 from verify.locating.sample import Streams, sample_of
 from verify.locating.tracer import Place, Tracer, inside_part
 from verify.locating.walk import Shown
-from verify.reference import Reference, ReferenceRun
+from verify.naming.as_if import Passes
+from verify.naming.layer_screen import Given, given_layers
 from verify.report.figures import figure
+from verify.truth.reference import Reference, ReferenceRun
 
 __all__ = [
     "Located",

@@ -24,7 +24,7 @@ from refengine.config_values import is_whole
 from refengine.errors import InputError
 from refengine.requests import check_request
 from refengine.tokens import Rows
-from verify.saved_reference import DAMAGED
+from verify.truth.saved_reference import DAMAGED
 
 TopLogprobs = Sequence[Sequence[tuple[int, float]]]  # at each step of a row: some tokens and their log-probabilities
 

@@ -11,15 +11,15 @@ from refengine.tokenizer import encode_prompt, load_tokenizer
 from refengine.weights import Weights
 from tests.verify.comparing import Compared
 from tests.verify.conftest import TEXTS, TINY_LLAMA
-from verify.along import best_of
-from verify.as_if import Passes, run_as_if
 from verify.candidates.graph_constants import graph_constants
 from verify.causes import Cause, Evidence, Family
-from verify.counterfactual import Counterfactual
 from verify.drive import run_candidate
 from verify.export.faults.writing import Fault
-from verify.noise import rms
-from verify.screen import Screen, Tried
+from verify.naming.along import best_of
+from verify.naming.as_if import Passes, run_as_if
+from verify.naming.counterfactual import Counterfactual
+from verify.naming.screen import Screen, Tried
+from verify.truth.noise import rms
 
 LONGEST, NEW_TOKENS = 24, 4  # longer than every short table and window that is tried
 

@@ -10,7 +10,6 @@ from onnx import TensorProto, helper
 
 from tests.meta.drivers import Driven, NotReset, losing
 from tests.meta.explaining import NEW_TOKENS, Explained, Subject, trained
-from verify.as_if import Passes, run_as_if
 from verify.candidates import Candidate
 from verify.causes import Evidence
 from verify.causes.cache import CAUSES, cache_capacity_as_length, cache_not_reset, cache_quantized, cache_truncated
@@ -19,7 +18,8 @@ from verify.drive import run_candidate
 from verify.export import export_decoder
 from verify.export.faults.cache import FAULTS
 from verify.export.faults.writing import Fault, write_faulty
-from verify.screen import Screen
+from verify.naming.as_if import Passes, run_as_if
+from verify.naming.screen import Screen
 
 BY_NAME = {fault.name: fault for fault in FAULTS}
 # Codes that rounding moves are noise of a quantised cache, which float32's own is no measure of.

@@ -7,12 +7,12 @@ import pytest
 
 from refengine.weights import Weights
 from tests.meta.explaining import Subject, trained
-from verify.arithmetic import ARITHMETICS
 from verify.causes import Evidence
 from verify.causes.precision import CAUSES, explains
 from verify.drive import CandidateRun
 from verify.judge import compare_noise
-from verify.reference import Reference, ReferenceRun, one_pass
+from verify.truth.arithmetic import ARITHMETICS
+from verify.truth.reference import Reference, ReferenceRun, one_pass
 
 
 @pytest.fixture(scope="module")

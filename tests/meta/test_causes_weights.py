@@ -12,7 +12,6 @@ from refengine.checkpoint import open_checkpoint
 from refengine.weights import HEAD, Weights
 from tests.checkpoints import write_checkpoint
 from tests.meta.explaining import Explained, Subject, trained
-from verify.as_if import Passes, run_as_if
 from verify.candidates.files import describe_candidate
 from verify.causes import Evidence
 from verify.causes.catalogue import CATALOGUE
@@ -21,6 +20,7 @@ from verify.causes.weights import CAUSES, bias_dropped, lm_head_wrong, qk_permut
 from verify.export.faults.weights import FAULTS, changed_weight, without_biases
 from verify.export.faults.writing import Fault, write_faulty
 from verify.inspection import exported_checkpoint
+from verify.naming.as_if import Passes, run_as_if
 from verify.runtimes import RUNTIMES
 
 INT4_SCALES = "model.layers.5.attn.qkv_proj.MatMul.weight_scales"

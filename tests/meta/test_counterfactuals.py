@@ -8,12 +8,12 @@ import pytest
 from refengine.checkpoint import open_checkpoint
 from refengine.weights import Weights
 from tests.checkpoints import write_checkpoint
-from verify.as_if import Passes, run_as_if
 from verify.causes import Evidence, attention, norm_mlp, rope
 from verify.causes.catalogue import CATALOGUE, name_of
 from verify.causes.constants import Constant
-from verify.counterfactual import Counterfactual
-from verify.noise import EQUIVALENT_ORDERS, rms
+from verify.naming.as_if import Passes, run_as_if
+from verify.naming.counterfactual import Counterfactual
+from verify.truth.noise import EQUIVALENT_ORDERS, rms
 
 CAUSES = (*rope.CAUSES, *attention.CAUSES, *norm_mlp.CAUSES)
 LAYERS = (None, frozenset({1}))  # of two mistakes at once

@@ -12,8 +12,6 @@ from tests.meta.explaining import Subject, trained
 from tests.meta.scores import faults_of
 from tests.verify.comparing import Here, Notes
 from tests.verify.conftest import TINY_LLAMA
-from verify.arithmetic import ARITHMETICS
-from verify.as_if import run_as_if
 from verify.causes import Cause, Evidence
 from verify.causes.attention import sliding_window
 from verify.causes.cache import cache_not_reset
@@ -22,16 +20,18 @@ from verify.causes.constants import Constant
 from verify.causes.norm_mlp import activation, norm_eps
 from verify.causes.rope import rope_missing, rope_theta
 from verify.compare import Comparison
-from verify.counterfactual import Counterfactual
 from verify.diagnose import diagnose
 from verify.drive import CandidateRun
 from verify.export.faults import FAULTS, stacked
 from verify.find_cause import find_cause
+from verify.naming.as_if import run_as_if
+from verify.naming.counterfactual import Counterfactual
+from verify.naming.screen import Screen, Tried, share_at_rest
+from verify.naming.search import Clock, Search, read_from_export
+from verify.naming.telling_apart import telling_probe
 from verify.report.result import Diagnosis
 from verify.request import Request
-from verify.screen import Screen, Tried, share_at_rest
-from verify.search import Clock, Search, read_from_export
-from verify.telling_apart import telling_probe
+from verify.truth.arithmetic import ARITHMETICS
 
 EXPORTS = TINY_LLAMA.parent / "exports"
 CONFIG = open_checkpoint(TINY_LLAMA).config

@@ -13,19 +13,19 @@ from refengine.weights import Weights
 from tests.verify.commands import verify
 from tests.verify.conftest import TEXTS, TINY_LLAMA
 from tests.verify.traces import write_trace
-from verify.as_if import Passes, run_as_if
 from verify.causes import Evidence
 from verify.causes.cache import cache_not_reset
 from verify.causes.catalogue import name_of
 from verify.causes.driver import bos_doubled, bos_missing, mask_length, repetition_penalty
 from verify.causes.rope import position_offset, rope_theta
 from verify.check import judge_trace
-from verify.counterfactual import Counterfactual
 from verify.diagnose_trace import diagnose_trace
 from verify.expect import EXACT
-from verify.follow import log_softmax
+from verify.naming.as_if import Passes, run_as_if
+from verify.naming.counterfactual import Counterfactual
 from verify.report.result import Diagnosis
 from verify.trace_file import Trace
+from verify.truth.follow import log_softmax
 
 NEW = 24
 CHECKPOINT = open_checkpoint(TINY_LLAMA)

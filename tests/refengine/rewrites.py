@@ -16,7 +16,7 @@ from refengine.model import forward
 from refengine.tokens import left_padded
 from refengine.weights import Weights
 from tests.refengine.strategies import Prompts, configs, one_shot, opened, relative_error, written
-from verify.noise import Noise, orders_for, rms
+from verify.truth.noise import Noise, orders_for, rms
 
 TRAINED = Path(__file__).parents[2] / "fixtures" / "tiny_llama"
 Step = Callable[[np.ndarray, np.ndarray], np.ndarray]  # new token ids and positions -> their logits

@@ -11,11 +11,11 @@ from refengine.tokens import Rows
 from verify.candidates import Candidate
 from verify.compare import Comparison
 from verify.drive import CandidateRun, run_candidate
-from verify.reference import Reference, ReferenceRun
 from verify.report.result import Cell
 from verify.request import Request
 from verify.runtimes import RUNTIMES
 from verify.schedule import Schedule
+from verify.truth.reference import Reference, ReferenceRun
 
 
 @dataclass

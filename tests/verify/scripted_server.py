@@ -12,7 +12,7 @@ from typing import Any
 from tests.verify.comparing import Compared, Notes
 from verify.expect import EXACT
 from verify.report.result import Report
-from verify.run_openai import judge_server
+from verify.verbs.run_openai import judge_server
 
 NEW = 4  # tokens asked for after each prompt
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from tests.verify.comparing import Compared, Here
-from verify.as_if import Passes
 from verify.drive import CandidateRun, run_candidate
 from verify.expect import EXACT, Expectation
 from verify.locate import Located, locate
-from verify.reference import Reference
+from verify.naming.as_if import Passes
+from verify.truth.reference import Reference
 
 
 class Seen:

@@ -32,16 +32,16 @@ from tests.verify.faulty import (
     windowed,
     write_faulty,
 )
-from verify.arithmetic import ARITHMETICS, Arithmetic, quantised
 from verify.candidates.files import describe_candidate
 from verify.drive import CandidateRun, run_candidate
 from verify.expect import EXACT, expectations, expected, joined
 from verify.inspection import exported_checkpoint
 from verify.judge import judge
-from verify.noise import rms
-from verify.reference import Reference, ReferenceRun
 from verify.report.result import NoiseRatio, Verdict
 from verify.request import Request, request_for
+from verify.truth.arithmetic import ARITHMETICS, Arithmetic, quantised
+from verify.truth.noise import rms
+from verify.truth.reference import Reference, ReferenceRun
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 EXPORTS = FIXTURES / "exports"

@@ -17,10 +17,10 @@ from tests.verify.traces import write_trace
 from verify.check import judge_trace
 from verify.drive import run_candidate
 from verify.expect import EXACT, expectations
-from verify.follow import log_softmax
-from verify.reference import Reference, Rows, one_pass
 from verify.report.result import Cell
 from verify.trace_file import Trace
+from verify.truth.follow import log_softmax
+from verify.truth.reference import Reference, Rows, one_pass
 
 NEW = (8, 3, 1)  # tokens of each row: of different numbers, and one that has nothing but its first
 

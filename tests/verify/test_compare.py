@@ -16,9 +16,9 @@ from tests.verify.comparing import Compared, Here, Notes
 from tests.verify.faulty import changed_weight, exchanged_layers, only_in, scaled_attention, windowed, write_faulty
 from verify.compare import Comparison
 from verify.export.modules import MODULES
-from verify.reference import Reference
 from verify.report.result import Cell, Exported, Model, Report
 from verify.request import Request, not_revealed, notes_on
+from verify.truth.reference import Reference
 
 FROZEN = Path(__file__).parents[2] / "fixtures" / "exports"
 RUNTIMES = ["ort-cpu", "ort-openvino"]

@@ -12,7 +12,7 @@ from refengine.weights import EMBEDDING, HEAD, Weights
 from tests.checkpoints import TINY, write_checkpoint
 from verify.candidates.files import describe_candidate
 from verify.inspection import exported_checkpoint
-from verify.reference import Reference
+from verify.truth.reference import Reference
 from verify.weights.cost import compare_predictions, cost_of_weights
 from verify.weights.exported import ExportedCheckpoint
 from verify.weights.match import match

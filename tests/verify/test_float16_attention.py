@@ -3,9 +3,9 @@
 import numpy as np
 
 from refengine.ops import OPS
-from verify.arithmetic import ARITHMETICS
 from verify.expect import EXACT, expected
-from verify.float16_attention import attending_in_float16
+from verify.truth.arithmetic import ARITHMETICS
+from verify.truth.float16_attention import attending_in_float16
 
 POSITIONS = np.arange(5)[None]
 RANDOM = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import pytest
 
 from verify.drive import CandidateRun, run_candidate
 from verify.judge import judge
-from verify.reference import ReferenceRun, step_slices
+from verify.truth.reference import ReferenceRun, step_slices
 
 Change = Callable[[np.ndarray], np.ndarray]
 

@@ -11,15 +11,15 @@ from tests.verify.caused import small_model
 from tests.verify.comparing import Compared, Here
 from tests.verify.conftest import TEXTS, TINY_LLAMA
 from tests.verify.faulty import changed_weight, write_faulty
-from verify.as_if import Passes
 from verify.candidates import Candidate
 from verify.candidates.files import describe_candidate
 from verify.drive import run_candidate
 from verify.expect import EXACT, Expectation, expectations
 from verify.export import export_decoder
 from verify.locating.ladder import Rung, blamed, ladder
+from verify.naming.as_if import Passes
 from verify.own_weights import read_weights
-from verify.reference import Reference
+from verify.truth.reference import Reference
 
 EXPORTS = TINY_LLAMA.parent / "exports"
 

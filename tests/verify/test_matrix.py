@@ -16,10 +16,10 @@ from tests.verify.comparing import Here, Notes
 from verify.candidates.files import describe_candidate
 from verify.compare import Comparison
 from verify.own_weights import read_weights
-from verify.references import References
 from verify.report.result import Cell
 from verify.request import Request
 from verify.runtimes import USUAL, runtime_named
+from verify.truth.references import References
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 ONNX = ("ort-cpu", "ort-openvino", "openvino")

@@ -16,7 +16,7 @@ from refengine.model import forward
 from refengine.ops import OPS, Ops, rms_norm
 from refengine.weights import Linear, Weights
 from tests.refengine.strategies import BOUND, configs, opened, padded_positions, relative_error, written
-from verify.noise import EQUIVALENT_ORDERS, HALF_ULP, ONE_BIT, Noise, rms
+from verify.truth.noise import EQUIVALENT_ORDERS, HALF_ULP, ONE_BIT, Noise, rms
 
 OTHERS = {name: ops for name, ops in EQUIVALENT_ORDERS.items() if ops is not OPS}
 ORDERS = pytest.mark.parametrize("ops", OTHERS.values(), ids=OTHERS.keys())

@@ -14,7 +14,7 @@ from tests.verify.comparing import Compared
 from verify.drive import CandidateRun
 from verify.export import export_decoder
 from verify.judge import judge
-from verify.noise import EQUIVALENT_ORDERS, orders_for
+from verify.truth.noise import EQUIVALENT_ORDERS, orders_for
 
 
 def linear_backwards(x_BTI: np.ndarray, proj: Linear) -> np.ndarray:

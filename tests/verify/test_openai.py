@@ -15,8 +15,8 @@ from tests.verify.commands import table_of, verify
 from tests.verify.fields import check_fields
 from tests.verify.scripted_server import MODELS, NEW, Answers, Reply, completing, judged, scripted_server
 from verify.candidates.openai_options import KEY_VARIABLE
-from verify.follow import log_softmax
 from verify.report.as_json import as_json
+from verify.truth.follow import log_softmax
 
 pytest.importorskip("urllib3")
 

@@ -11,7 +11,7 @@ from tests.verify.comparing import Compared, Notes
 from tests.verify.scripted_server import MODELS, Reply, scripted_server
 from verify.expect import EXACT
 from verify.report.result import Report
-from verify.run_openai import judge_server
+from verify.verbs.run_openai import judge_server
 
 pytest.importorskip("urllib3")
 

@@ -19,9 +19,9 @@ from refengine.model import forward
 from refengine.trace import Recorder
 from refengine.weights import Weights
 from tests.checkpoints import write_checkpoint
-from verify.noise import ONE_BIT
-from verify.reference import Reference, ReferenceRun
-from verify.saved_reference import load_reference, save_reference
+from verify.truth.noise import ONE_BIT
+from verify.truth.reference import Reference, ReferenceRun
+from verify.truth.saved_reference import load_reference, save_reference
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7, 9]]
 NEW, SHA = 6, 64 * "a"

@@ -14,7 +14,6 @@ from onnx import helper, numpy_helper
 
 from refengine.checkpoint import open_checkpoint
 from tests.verify.comparing import Compared, Here, Notes
-from verify.arithmetic import ARITHMETICS, Arithmetic, quantised_together
 from verify.candidates.files import describe_candidate
 from verify.candidates.ort_session import session_of
 from verify.compare import Comparison
@@ -22,6 +21,7 @@ from verify.expect import expected, joined
 from verify.own_weights import read_weights
 from verify.report.result import Cell
 from verify.request import Request, notes_on, request_for
+from verify.truth.arithmetic import ARITHMETICS, Arithmetic, quantised_together
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 COMMUNITY = FIXTURES / "exports" / "mistral-community" / "onnx"

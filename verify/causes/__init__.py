@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from refengine.config import Config
-from verify.arithmetic import Arithmetic
-from verify.counterfactual import Counterfactual, Layers
+from verify.naming.counterfactual import Counterfactual, Layers
+from verify.truth.arithmetic import Arithmetic
 from verify.weights.exported import ExportedCheckpoint
 
 

@@ -19,7 +19,7 @@ from verify.causes.seeing import (
     padding_too,
     with_mask,
 )
-from verify.counterfactual import Counterfactual, Layers, unchanged
+from verify.naming.counterfactual import Counterfactual, Layers, unchanged
 
 USUAL_SOFTCAPS = (50.0, 30.0, 20.0)
 USUAL_WINDOWS = (4096, 2048, 1024, 512, 128)

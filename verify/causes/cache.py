@@ -29,7 +29,7 @@ from verify.causes.slots import (
     swapped,
     without,
 )
-from verify.counterfactual import Counterfactual, Fed, Layers, Pasts
+from verify.naming.counterfactual import Counterfactual, Fed, Layers, Pasts
 
 USUAL_LOSSES = (1, 2, 3, 4)  # tokens
 EXACT_SCHEMES = ("float32", "float64")

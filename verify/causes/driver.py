@@ -7,7 +7,7 @@ import numpy as np
 
 from verify.causes import Cause, Evidence, Family
 from verify.causes.slots import newest_alone, seeing, without
-from verify.counterfactual import Counterfactual
+from verify.naming.counterfactual import Counterfactual
 
 USUAL_PENALTIES = (1.1, 1.05, 1.2, 1.15, 1.3, 1.02, 1.03, 1.5)
 LAST_TOKENS = (None, 64)  # that are penalised: all, or the newest, as in llama.cpp

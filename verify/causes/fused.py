@@ -8,7 +8,7 @@ import numpy as np
 from refengine.config import Config
 from refengine.weights import Layer, Linear
 from verify.causes import Evidence
-from verify.counterfactual import Layers
+from verify.naming.counterfactual import Layers
 from verify.weights.match import Matched
 
 PARTS = ("q", "k", "v")

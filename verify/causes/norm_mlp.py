@@ -11,7 +11,7 @@ import numpy as np
 from refengine.ops import Ops
 from verify.causes import Cause, Evidence, Family
 from verify.causes.constants import is_close, misread, shortest
-from verify.counterfactual import Counterfactual, Layers
+from verify.naming.counterfactual import Counterfactual, Layers
 
 USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 NORMS = ("input_layernorm", "post_attention_layernorm")  # of a layer, in the order in which it has them

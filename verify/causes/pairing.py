@@ -6,7 +6,7 @@ import numpy as np
 
 from refengine.config import Config
 from refengine.weights import Layer, Linear
-from verify.counterfactual import Layers
+from verify.naming.counterfactual import Layers
 from verify.weights.exported import ExportedCheckpoint
 from verify.weights.match import Matched
 

@@ -8,9 +8,9 @@ leaves only float32's own noise explains more than that, and goes before it.
 
 from collections.abc import Iterator
 
-from verify.arithmetic import ARITHMETICS, Arithmetic
 from verify.causes import Cause, Evidence, Unit
 from verify.report.result import NoiseRatio
+from verify.truth.arithmetic import ARITHMETICS, Arithmetic
 
 BLOCKS = (32, 64, 128, 16)  # inputs that share a scale when they become int8
 

@@ -27,7 +27,7 @@ from verify.causes.rotating import (
     turned,
     with_rope,
 )
-from verify.counterfactual import Counterfactual, Layers
+from verify.naming.counterfactual import Counterfactual, Layers
 
 USUAL_THETA = (1e4, 5e5, 1e6, 1e5)
 USUAL_FACTORS = (2.0, 4.0, 8.0)  # of linear scaling

@@ -11,8 +11,8 @@ import numpy as np
 from refengine.config import Config, RopeParameters
 from refengine.ops import Ops
 from refengine.rope import rope_inverse_frequencies
-from verify.counterfactual import Counterfactual, Fed, Layers
-from verify.noise import rope_table_in_its_dtype
+from verify.naming.counterfactual import Counterfactual, Fed, Layers
+from verify.truth.noise import rope_table_in_its_dtype
 
 Rotate = Callable[..., np.ndarray]
 Positions = Callable[[np.ndarray], np.ndarray]

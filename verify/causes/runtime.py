@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from verify.causes import Cause, Evidence
-from verify.counterfactual import Counterfactual
+from verify.naming.counterfactual import Counterfactual
 
 
 def graph_optimizer(evidence: Evidence) -> Iterator[Counterfactual]:

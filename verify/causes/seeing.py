@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from refengine.ops import Ops, attention_mask
-from verify.counterfactual import Fed
+from verify.naming.counterfactual import Fed
 
 Positions = tuple[np.ndarray, np.ndarray]
 Seen = Callable[[np.ndarray, np.ndarray, int | None], tuple[np.ndarray, np.ndarray, int | None]]

@@ -9,7 +9,7 @@ import numpy as np
 from refengine.ops import Ops
 from verify.causes import Evidence
 from verify.causes.seeing import with_mask
-from verify.counterfactual import Counterfactual, LayerPast, Layers, Pasts
+from verify.naming.counterfactual import Counterfactual, LayerPast, Layers, Pasts
 
 
 def first_time(cache: Callable[[Pasts, int], Pasts]) -> Callable[[Pasts, int], Pasts]:

@@ -14,7 +14,7 @@ from verify.causes.fused import fused_orders, with_parts_in_order
 from verify.causes.pairing import DIRECTIONS, direction_of, permuted, with_permuted
 from verify.causes.slots import pairs_of_layers
 from verify.causes.tensors import ATTENTION, MLP, layer_of, modules_of, with_tensors, without_biases
-from verify.counterfactual import Counterfactual
+from verify.naming.counterfactual import Counterfactual
 from verify.report.weights import TensorRelation
 from verify.weights.exported import ExportedCheckpoint
 

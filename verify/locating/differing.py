@@ -10,7 +10,7 @@ from verify.errors import NoVerdict
 from verify.locating.flow import Flow, named
 from verify.locating.insight import Insight
 from verify.locating.ladder import PLAIN
-from verify.noise import rms
+from verify.truth.noise import rms
 
 # Of a node's result: no rounding explains more, be it of what is multiplied, to 8 bits, or of all values, to bfloat16.
 COARSE = 2.0**-5

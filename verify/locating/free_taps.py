@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from verify.counterfactual import Layers
 from verify.drive import CandidateRun
-from verify.noise import rms
-from verify.reference import Measured, ReferenceRun
+from verify.naming.counterfactual import Layers
+from verify.truth.noise import rms
+from verify.truth.reference import Measured, ReferenceRun
 
 Suspects = tuple[Layers, ...]
 

@@ -16,8 +16,8 @@ from refengine.trace import Trace, no_trace
 from refengine.weights import Layer, Weights
 from verify.locating.flow import Flow
 from verify.locating.sample import Sample, Streams
-from verify.noise import Noise, rms
-from verify.reference import Reference
+from verify.truth.noise import Noise, rms
+from verify.truth.reference import Reference
 
 ORDERS = 4  # whose noise tells parts that are clearly wrong from others
 CLEARLY = 3.0  # times the bound: every part is one draw more, and a model has hundreds

@@ -13,7 +13,7 @@ import numpy as np
 from refengine.config import Config
 from refengine.ops import attention_mask
 from refengine.rope import rope_inverse_frequencies
-from verify.noise import Noise, rms
+from verify.truth.noise import Noise, rms
 
 # In which orders of its axes a value may be; splitting, joining and leaving out axes of one element follow by size.
 LAYOUTS: Mapping[int, Sequence[tuple[int, ...]]] = {

@@ -10,7 +10,6 @@ import numpy as np
 from refengine.checkpoint import Checkpoint
 from refengine.errors import CheckpointError
 from refengine.weights import Weights
-from verify.as_if import Passes, run_as_if
 from verify.candidates.ort_session import Level, requested_of
 from verify.candidates.rerun import Setting, rerun
 from verify.contestant import Contestant
@@ -18,8 +17,9 @@ from verify.drive import CandidateRun
 from verify.errors import NoVerdict
 from verify.expect import EXACT, Expectation
 from verify.locating.sample import Sample, sample_of
-from verify.noise import rms
-from verify.reference import ReferenceRun
+from verify.naming.as_if import Passes, run_as_if
+from verify.truth.noise import rms
+from verify.truth.reference import ReferenceRun
 
 Name = Literal["tokens", "weights", "export", "optimizer", "provider", "precision", "cache", "driver"]
 PLAIN, OPENVINO = "ort-cpu", "openvino"

@@ -7,12 +7,12 @@ from functools import cached_property
 import numpy as np
 
 from refengine.tokens import left_padded
-from verify.as_if import Passes
 from verify.candidates.traced import Traced
 from verify.drive import CandidateRun
-from verify.noise import rms
-from verify.reference import ReferenceRun
+from verify.naming.as_if import Passes
 from verify.schedule import Schedule
+from verify.truth.noise import rms
+from verify.truth.reference import ReferenceRun
 
 POSITIONS = 192  # of all rows together, about so many are traced
 

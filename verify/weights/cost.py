@@ -9,8 +9,8 @@ from refengine.ops import OPS
 from refengine.quant import ops_for
 from refengine.scheme import Scheme
 from refengine.weights import Weights
-from verify.reference import ReferenceRun, chosen, one_pass
 from verify.report.weights import WeightsCost
+from verify.truth.reference import ReferenceRun, chosen, one_pass
 
 
 def cost_of_weights(run: ReferenceRun, own: Checkpoint, scheme: Scheme | None = None) -> WeightsCost:

@@ -11,11 +11,11 @@ import onnx
 from onnx import helper
 
 from refengine.checkpoint import Checkpoint
-from verify.counterfactual import Layers
 from verify.export.decoder import decoder_graph
 from verify.export.files import ReadWeight, weight_reader, write_model
 from verify.export.graph import Scope
 from verify.export.modules import MODULES
+from verify.naming.counterfactual import Layers
 
 Module = Callable[..., Any]
 Edit = Callable[[onnx.ModelProto], None]

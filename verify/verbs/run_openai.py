@@ -18,10 +18,10 @@ from verify.diagnose_trace import diagnose_trace
 from verify.errors import NoVerdict
 from verify.expect import Expectation
 from verify.files import sha256_of
-from verify.reference import Rows
 from verify.report.result import Cell, Exported, Model, Report, Seconds
 from verify.runtimes import SERVER
 from verify.trace_file import check_trace
+from verify.truth.reference import Rows
 
 
 def check_options(given: argparse.Namespace) -> None:

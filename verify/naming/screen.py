@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from refengine.weights import Weights
-from verify.as_if import Passes, run_as_if
-from verify.counterfactual import Counterfactual
 from verify.drive import CandidateRun
-from verify.noise import rms
-from verify.reference import ReferenceRun
+from verify.naming.as_if import Passes, run_as_if
+from verify.naming.counterfactual import Counterfactual
+from verify.truth.noise import rms
+from verify.truth.reference import ReferenceRun
 
 NEW_TOKENS = 6  # of each row that is screened
 SHOWS = 0.2  # of the largest ratio, that a row must have to be worth screening

@@ -7,14 +7,14 @@ from itertools import islice
 import numpy as np
 
 from refengine.checkpoint import Checkpoint
-from verify.as_if import Passes, run_as_if
 from verify.causes import Cause, Evidence, Unit
 from verify.causes.precision import is_that_noise
-from verify.counterfactual import Counterfactual, Mistakes
 from verify.drive import CandidateRun
-from verify.noise import Noise, rms
-from verify.opened import open_weights
-from verify.reference import ReferenceRun
+from verify.naming.as_if import Passes, run_as_if
+from verify.naming.counterfactual import Counterfactual, Mistakes
+from verify.truth.noise import Noise, rms
+from verify.truth.opened import open_weights
+from verify.truth.reference import ReferenceRun
 
 ORDERS = 4  # of summing and of where to round, on which the noise of an arithmetic is measured
 NEAR = 8.0  # times the error in one of them, or that part of it: further off, and the others are not measured

@@ -11,8 +11,8 @@ from refengine.ops import OPS, Ops
 from refengine.scheme import stored_as
 from refengine.tokens import Rows, left_padded
 from refengine.weights import Weights
-from verify.counterfactual import Fed, LayerPast, Mistakes, Pasts, forward_as_if, same_pasts
-from verify.handed_cache import HandedCache, seen_by_all
+from verify.naming.counterfactual import Fed, LayerPast, Mistakes, Pasts, forward_as_if, same_pasts
+from verify.naming.handed_cache import HandedCache, seen_by_all
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 from refengine.errors import InputError
 from refengine.tokens import Rows
 from verify.files import replacing
-from verify.noise import Noise
-from verify.reference import Measured, ReferenceRun
+from verify.truth.noise import Noise
+from verify.truth.reference import Measured, ReferenceRun
 
 FORMAT = 2  # of a saved run
 # What reading an .npz file raises that is none, or no longer a whole one. An OverflowError is an infinite token, a

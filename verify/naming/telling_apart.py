@@ -7,10 +7,10 @@ import numpy as np
 from refengine.config import Config
 from refengine.tokens import Rows
 from refengine.weights import Weights
-from verify.as_if import Passes, run_as_if
-from verify.counterfactual import Mistakes
-from verify.noise import EQUIVALENT_ORDERS, rms
+from verify.naming.as_if import Passes, run_as_if
+from verify.naming.counterfactual import Mistakes
 from verify.prompts import probes
+from verify.truth.noise import EQUIVALENT_ORDERS, rms
 
 APART = 10.0  # times the noise of either: float32 in another order of sums
 NEW_TOKENS = 4  # after each probe

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from refengine.ops import Ops
-from verify.noise import attend_with_probabilities
+from verify.truth.noise import attend_with_probabilities
 
 
 def attending_in_float16(orders: Mapping[str, Ops]) -> dict[str, Ops]:

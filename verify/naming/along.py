@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from verify.causes import Family
-from verify.screen import Tried
+from verify.naming.screen import Tried
 
 GRID, REFINEMENTS = 13, 26  # of a search along a parameter
 HOPELESS_AFTER, HOPELESS = 4, 0.8  # refinements, after which a search is given up that leaves more of the ratio

@@ -6,8 +6,8 @@ from refengine.checkpoint import Checkpoint
 from refengine.errors import CheckpointError
 from refengine.tokens import Rows
 from verify.expect import EXACT, Expectation
-from verify.reference import Reference, ReferenceRun
 from verify.report.weights import WeightsCost
+from verify.truth.reference import Reference, ReferenceRun
 from verify.weights.cost import cost_of_weights
 from verify.weights.exported import ExportedCheckpoint
 

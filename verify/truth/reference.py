@@ -15,10 +15,10 @@ from refengine.quant import ops_for
 from refengine.scheme import Scheme, stored_as
 from refengine.tokens import Rows, left_padded
 from refengine.weights import Weights
-from verify.arithmetic import FLOAT32, Arithmetic
-from verify.noise import PLAIN_POSITIONS, Noise, Plain, rms
-from verify.opened import open_weights
-from verify.rows_alone import TOKENS_A_PASS, held, rows_anew, rows_in_steps
+from verify.truth.arithmetic import FLOAT32, Arithmetic
+from verify.truth.noise import PLAIN_POSITIONS, Noise, Plain, rms
+from verify.truth.opened import open_weights
+from verify.truth.rows_alone import TOKENS_A_PASS, held, rows_anew, rows_in_steps
 
 
 @dataclass(frozen=True)

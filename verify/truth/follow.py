@@ -7,11 +7,11 @@ import numpy as np
 from refengine.ops import OPS, Ops
 from refengine.quant import ops_for
 from refengine.weights import Weights
-from verify.as_if import Passes, run_as_if
-from verify.counterfactual import Counterfactual, Mistakes
-from verify.noise import ENOUGH_DRAWS, EQUIVALENT_ORDERS, Noise, rms
-from verify.opened import open_weights
-from verify.reference import Measured, Reference, ReferenceRun, Rows, chosen
+from verify.naming.as_if import Passes, run_as_if
+from verify.naming.counterfactual import Counterfactual, Mistakes
+from verify.truth.noise import ENOUGH_DRAWS, EQUIVALENT_ORDERS, Noise, rms
+from verify.truth.opened import open_weights
+from verify.truth.reference import Measured, Reference, ReferenceRun, Rows, chosen
 
 FEWEST_DRAWS = ENOUGH_DRAWS // (2 * len(EQUIVALENT_ORDERS))
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from refengine.kvcache import Cache
-from verify.counterfactual import LayerPast, Mistakes, Pasts
+from verify.naming.counterfactual import LayerPast, Mistakes, Pasts
 
 
 class HandedCache:

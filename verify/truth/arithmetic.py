@@ -18,8 +18,8 @@ import numpy as np
 from refengine.checkpoint import Checkpoint
 from refengine.ops import Ops
 from refengine.weights import Layer, Linear, Weights
-from verify.float16_attention import attending_in_float16
-from verify.noise import (
+from verify.truth.float16_attention import attending_in_float16
+from verify.truth.noise import (
     PLAINEST,
     as_it_is,
     attend_with_probabilities,
@@ -28,7 +28,7 @@ from verify.noise import (
     rotate_by_products,
     silu_gate_by_sigmoid,
 )
-from verify.opened import open_weights
+from verify.truth.opened import open_weights
 
 INT8_MAX = 127  # symmetric: -128 is not used
 UINT8_MAX = 255

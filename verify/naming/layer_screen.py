@@ -15,12 +15,12 @@ from refengine.ops import OPS, Ops
 from refengine.scheme import stored_as
 from refengine.trace import no_trace
 from refengine.weights import Layer, Weights
-from verify.counterfactual import Counterfactual, Fed, Mistakes, layer_as_if, same_logits, same_pasts, unchanged
 from verify.locating.flow import Flow
 from verify.locating.introduced import CLEARLY, Part
 from verify.locating.sample import Sample, Streams
-from verify.noise import rms
-from verify.screen import EXPLAINED, PROMISING, Tried, promising, share_at_rest
+from verify.naming.counterfactual import Counterfactual, Fed, Mistakes, layer_as_if, same_logits, same_pasts, unchanged
+from verify.naming.screen import EXPLAINED, PROMISING, Tried, promising, share_at_rest
+from verify.truth.noise import rms
 
 HALVES = ("self_attn.residual", "mlp.residual")
 

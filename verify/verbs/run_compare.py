@@ -13,7 +13,6 @@ from refengine.errors import InputError
 from refengine.prompts import encode_checked, read_prompts
 from refengine.requests import Limits, check_request
 from refengine.tokenizer import encode_prompt, load_tokenizer
-from verify.by_settings import named_by_settings
 from verify.candidates.checkpoint_file import CheckpointFile
 from verify.candidates.files import describe_candidate
 from verify.candidates.graph_constants import graph_constants
@@ -26,14 +25,15 @@ from verify.errors import NoVerdict
 from verify.expect import EXACT, expected
 from verify.files import check_place, sha256_of
 from verify.find_cause import find_cause
+from verify.naming.by_settings import named_by_settings
 from verify.own_weights import notes_on_weights, read_weights
 from verify.prompts import BUILT_IN, check_prompts, probes
 from verify.report.result import Cell, Diagnosis, Exported, Model, Report
 from verify.request import CacheMode, Request, not_revealed, notes_on, request_for
-from verify.run_openai import check_options, judge_server
 from verify.runtimes import SERVER
-from verify.saved_reference import load_reference, save_reference
-from verify.terminal import check_json_place, deliver, progress_bars
+from verify.truth.saved_reference import load_reference, save_reference
+from verify.verbs.run_openai import check_options, judge_server
+from verify.verbs.terminal import check_json_place, deliver, progress_bars
 from verify.weights.exported import ExportedCheckpoint
 from verify.workers.worker import Bounds
 

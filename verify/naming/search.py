@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from verify.along import best_of
 from verify.causes import Cause, Evidence, Family
-from verify.counterfactual import Counterfactual
-from verify.screen import Tried
+from verify.naming.along import best_of
+from verify.naming.counterfactual import Counterfactual
+from verify.naming.screen import Tried
 
 PAIRED = 4  # mistakes that explain a part, each of which is tried with every other one
 # What is left by another cause that explains as much, times what the best one leaves; the noise in both is the same.

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from refengine.config import Config
 from verify.causes import Cause, Evidence
 from verify.causes.footprint import likely_at
-from verify.counterfactual import Counterfactual, unchanged
-from verify.layer_screen import LayerScreen, is_of_layers
-from verify.screen import Tried
-from verify.search import Mistakes, Search
+from verify.naming.counterfactual import Counterfactual, unchanged
+from verify.naming.layer_screen import LayerScreen, is_of_layers
+from verify.naming.screen import Tried
+from verify.naming.search import Mistakes, Search
 
 SHOW_IN: Mapping[str, tuple[str, ...]] = {  # where what is wrong in a half of a layer can show first
     "self_attn.residual": ("input_layernorm", "self_attn.q_rope", "self_attn.attend"),

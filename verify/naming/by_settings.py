@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from verify.arithmetic import Arithmetic
 from verify.causes.pages import fix
 from verify.compare import Explained
 from verify.expect import AND, Expectation
 from verify.report.result import CauseFound, Diagnosis, Location, Residual
+from verify.truth.arithmetic import Arithmetic
 
 Named = tuple[str, Mapping[str, Any]]  # a cause, and its parameters
 

@@ -10,7 +10,7 @@ from verify.inspection import facts, inspect, inspect_weights
 from verify.report.console import print_facts
 from verify.report.weights import weights_as_json
 from verify.report.weights_console import print_weights
-from verify.terminal import check_json_place, deliver_text
+from verify.verbs.terminal import check_json_place, deliver_text
 
 FAITHFUL, UNFAITHFUL = 0, 1
 

@@ -1,0 +1,1 @@
+"""What is right, and how far from it honest arithmetic may be."""
