@@ -46,14 +46,21 @@ FAILURES = (InputError, NoVerdict, ArithmeticError, AssertionError, AttributeErr
 EXPLAINING = ("confirmed", "equivalent")
 
 
-class Watched(Here):
-    """A candidate of this very process, whose runs are kept."""
+def not_mistaken(candidate: Candidate) -> Any:
+    """The candidate in a loop without a mistake."""
+    return candidate
 
-    def __init__(self, candidate: Any):
+
+class Watched(Here):
+    """A candidate of this very process, whose runs are kept; each begins in a loop of its own."""
+
+    def __init__(self, candidate: Any, mistaken: Callable[[Candidate], Any] = not_mistaken):
         super().__init__(candidate)
+        self._right, self._mistaken = candidate, mistaken
         self.runs: list[CandidateRun] = []
 
     def decode(self, *arguments: Any, **how: Any) -> CandidateRun:
+        self._candidate = self._mistaken(self._right)
         self.runs.append(super().decode(*arguments, **how))
         return self.runs[-1]
 
@@ -110,7 +117,7 @@ class Corpus:
         row: Row,
         clean: Path | None,
         *,
-        mistaken: Callable[[Candidate], Any] = lambda candidate: candidate,
+        mistaken: Callable[[Candidate], Any] = not_mistaken,
         **request_of: Any,
     ) -> Row:
         """What is found of an export: the verdict, and where that is not equal, the place and the cause.
@@ -124,7 +131,7 @@ class Corpus:
         """
         began = perf_counter()
         own, _ = read_weights(self.checkpoint, describe_candidate(path))
-        candidate = Watched(mistaken(self.compared.open(path)))
+        candidate = Watched(self.compared.open(path), mistaken)
         mode: CacheMode = "on" if candidate.interface.has_cache else "off"
         request = Request(self.compared.prompts, self.compared.max_new_tokens, modes=(mode,), **request_of)
         comparison = Comparison(self.checkpoint, request, Notes(), self.compared.reference, own)

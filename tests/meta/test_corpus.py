@@ -60,6 +60,12 @@ def test_a_fault_is_far_beyond_the_noise(name):
     assert row.effect > 3
 
 
+def test_mistakes_of_the_loop_are_named():
+    rows = list(CORPUS.driven())
+    assert len(rows) == 4
+    assert [each for row in rows for each in faults_of(row)] == []
+
+
 def test_names_of_faults_are_unique():
     assert len(FAULTS) == len(CORPUS.faults())
 

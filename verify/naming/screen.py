@@ -71,6 +71,7 @@ class Screen:
         self.weights = weights
         self.rows = list(rows)
         self.passes = replace(passes, tokens=[tokens[:new] for tokens in passes.tokens])
+        self._whole = passes
         self._noise = reference.logits.noise
         starts = np.cumsum([0, *reference.lengths])
         self._judged = {}  # of each row: its positions, what the candidate gave there, and the noise
@@ -117,7 +118,9 @@ class Screen:
         return Tried(mistakes, ratio, is_promising, rest)
 
     def _run(self, weights: Weights, mistakes: Sequence[Counterfactual]) -> list[np.ndarray]:
-        return run_as_if(weights, self.passes, mistakes, wanted=self.rows)
+        # What a row leaves to the next one is of all its tokens.
+        passes = self._whole if any(each.keeps_rows for each in mistakes) else self.passes
+        return run_as_if(weights, passes, mistakes, wanted=self.rows)
 
     def _errors(self, logits: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The rms error at each position for which the reference has logits, and its noise."""

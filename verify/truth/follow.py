@@ -67,7 +67,7 @@ def _draws(logits_SV: np.ndarray) -> int:
     A loop that forgets its past decodes one token again and again. No fewer than make the orders twice as many as
     usual, since each of them takes as long as the first.
 
-    Source: L. Kish, Survey Sampling (1965), section 11.7, effective sample size of unequal weights.
+    Source: L. Kish, Survey Sampling (1965), effective sample size.
     """
     _, counts = np.unique(logits_SV.astype(np.float32), axis=0, return_counts=True)
     effective = counts.sum() ** 2 / np.square(counts).sum()
