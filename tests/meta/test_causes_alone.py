@@ -8,6 +8,8 @@ from verify.export.faults import attention as attention_faults
 from verify.export.faults import norm_mlp as norm_mlp_faults
 from verify.export.faults import rope as rope_faults
 
+pytestmark = pytest.mark.slow
+
 # Causes, faults, and how many times the bound every fault's effect is: of epsilons, some are small.
 FAMILIES = {
     "rope": (rope.CAUSES, rope_faults.FAULTS, 3),

@@ -8,6 +8,8 @@ from verify.causes.attention import attention_scale, attention_softcap, sliding_
 from verify.causes.catalogue import CATALOGUE
 from verify.export.faults.attention import FAULTS
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {fault.name: fault for fault in FAULTS}
 
 

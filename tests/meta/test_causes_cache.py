@@ -21,6 +21,8 @@ from verify.export.faults.writing import Fault, write_faulty
 from verify.naming.as_if import Passes, run_as_if
 from verify.naming.screen import Screen
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {fault.name: fault for fault in FAULTS}
 # Codes that rounding moves are noise of a quantised cache, which float32's own is no measure of.
 EXACT_CAUSES = [cause for cause in CAUSES if cause is not cache_quantized]

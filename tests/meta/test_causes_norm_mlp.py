@@ -11,6 +11,8 @@ from verify.causes.norm_mlp import ACTIVATIONS, NORMS, norm_eps, norm_weight_off
 from verify.export.faults.norm_mlp import FAULTS
 from verify.export.faults.writing import Fault, changed_weight, write_faulty
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {fault.name: fault for fault in FAULTS}
 
 

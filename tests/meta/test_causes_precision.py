@@ -14,6 +14,8 @@ from verify.judge import compare_noise
 from verify.truth.arithmetic import ARITHMETICS
 from verify.truth.reference import Reference, ReferenceRun, one_pass
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:

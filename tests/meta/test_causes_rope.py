@@ -13,6 +13,8 @@ from verify.causes.rope import rope_scaling, rope_table_short, rope_theta
 from verify.export.faults.rope import FAULTS, other_rope
 from verify.export.faults.writing import Fault, write_faulty
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {fault.name: fault for fault in FAULTS}
 
 

@@ -23,6 +23,8 @@ from verify.inspection import exported_checkpoint
 from verify.naming.as_if import Passes, run_as_if
 from verify.runtimes import RUNTIMES
 
+pytestmark = pytest.mark.slow
+
 INT4_SCALES = "model.layers.5.attn.qkv_proj.MatMul.weight_scales"
 # Rounding the tiny model's bfloat16 to float16 changes almost nothing of it.
 BY_NAME = {fault.name: fault for fault in FAULTS if fault.cause != "weights-rounded"}

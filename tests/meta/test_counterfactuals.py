@@ -15,6 +15,8 @@ from verify.naming.as_if import Passes, run_as_if
 from verify.naming.counterfactual import Counterfactual
 from verify.truth.noise import EQUIVALENT_ORDERS, rms
 
+pytestmark = pytest.mark.slow
+
 CAUSES = (*rope.CAUSES, *attention.CAUSES, *norm_mlp.CAUSES)
 LAYERS = (None, frozenset({1}))  # of two mistakes at once
 MOST_PAIRS = 20

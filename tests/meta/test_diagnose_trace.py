@@ -27,6 +27,8 @@ from verify.report.result import Diagnosis
 from verify.trace_file import Trace
 from verify.truth.follow import log_softmax
 
+pytestmark = pytest.mark.slow
+
 NEW = 24
 CHECKPOINT = open_checkpoint(TINY_LLAMA)
 BOS = CHECKPOINT.config.bos_token_id

@@ -14,6 +14,8 @@ from tests.meta.test_locate import FIXTURES, LAYER, STEPS, TEXTS
 from tests.verify.comparing import Compared
 from tests.verify.seen import Seen
 
+pytestmark = pytest.mark.slow
+
 LLAMA = FIXTURES / "tiny_llama"
 Edit = Callable[[onnx.ModelProto], None]
 

@@ -21,6 +21,8 @@ from verify.naming.as_if import Passes
 from verify.own_weights import read_weights
 from verify.truth.reference import Reference
 
+pytestmark = pytest.mark.slow
+
 EXPORTS = TINY_LLAMA.parent / "exports"
 
 

@@ -14,6 +14,8 @@ from tests.verify.faulty import only_in, write_faulty
 from verify.export.modules import MODULES
 from verify.report.diagnosis import cause_in_words
 
+pytestmark = pytest.mark.slow
+
 POINT = 30  # binary places
 
 

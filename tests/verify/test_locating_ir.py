@@ -29,6 +29,8 @@ from verify.expect import expectations
 from verify.export.modules import MODULES
 from verify.locate import Located, write_repro
 
+pytestmark = pytest.mark.slow
+
 EXPORTS = Path(__file__).parents[2] / "fixtures" / "exports"
 STEPS = 2
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": "1"}

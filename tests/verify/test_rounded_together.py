@@ -23,6 +23,8 @@ from verify.report.result import Cell
 from verify.request import Request, notes_on, request_for
 from verify.truth.arithmetic import ARITHMETICS, Arithmetic, quantised_together
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 COMMUNITY = FIXTURES / "exports" / "mistral-community" / "onnx"
 PROMPTS = [list(range(40, 60)), [200, 31, 7]]  # the first is longer than the window
