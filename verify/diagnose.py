@@ -20,7 +20,6 @@ from verify.naming.screen import EXPLAINED, Screen, Tried, telling_rows
 from verify.naming.search import AS_WELL, Clock, Search
 from verify.naming.telling_apart import telling_probe
 from verify.report.result import CauseFound, Diagnosis, Residual
-from verify.truth.noise import rms
 from verify.truth.opened import open_weights
 from verify.truth.reference import ReferenceRun
 
@@ -159,15 +158,11 @@ class _Stages:
 def _prompts_are_right(run: CandidateRun, reference: ReferenceRun) -> bool:
     """Whether everything before the first decoding step is within the noise, as far as it is shown."""
     noise = reference.logits.noise
-    for end, length, prompt, given_PV in zip(
-        np.cumsum(reference.lengths), reference.lengths, reference.prompts, run.logits, strict=True
-    ):
-        shown = len(prompt) - (length - len(given_PV))
-        at = slice(end - len(given_PV), end - len(given_PV) + shown)
-        if shown > 0:
-            error_P = rms(given_PV[:shown] - reference.logits.value64_PX[at], axis=-1)
-            if not (error_P <= noise.position_bound * noise.rms_P[at]).all():
-                return False
+    for row, (prompt, given_PV) in enumerate(zip(reference.prompts, run.logits, strict=True)):
+        shown = max(0, len(prompt) - (reference.lengths[row] - len(given_PV)))
+        error_P, unit_P = reference.error_and_noise(row, given_PV)
+        if not (error_P[:shown] <= noise.position_bound * unit_P[:shown]).all():
+            return False
     return True
 
 

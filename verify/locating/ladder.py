@@ -179,12 +179,8 @@ def _openvino_settings(options: Mapping[str, str], expectation: Expectation) -> 
 
 def noise_ratio(logits: Sequence[np.ndarray], reference: ReferenceRun, rows: Sequence[int]) -> float:
     """Of some rows of a run, each given at its last positions."""
-    ends = np.cumsum(reference.lengths)
-    errors, units = [], []
-    for row, given in zip(rows, logits, strict=True):
-        at = slice(ends[row] - len(given), ends[row])
-        errors.append(rms(given - reference.logits.value64_PX[at], axis=-1))
-        units.append(reference.logits.noise.rms_P[at])
+    found = [reference.error_and_noise(row, given) for row, given in zip(rows, logits, strict=True)]
+    errors, units = zip(*found, strict=True)
     return float(rms(np.concatenate(errors)) / rms(np.concatenate(units)))
 
 

@@ -11,7 +11,6 @@ from verify.candidates.traced import Traced
 from verify.drive import CandidateRun
 from verify.naming.as_if import Passes
 from verify.schedule import Schedule
-from verify.truth.noise import rms
 from verify.truth.reference import ReferenceRun
 
 POSITIONS = 192  # of all rows together, about so many are traced
@@ -76,7 +75,8 @@ class Sample:
 
 def sample_of(passes: Passes, run: CandidateRun, reference: ReferenceRun) -> Sample:
     """The row in which the candidate is worst, and rows that were run beside it, the longest first."""
-    errors = _errors(run, reference)
+    rows_given = (reference.error_and_noise(row, given) for row, given in enumerate(run.logits))
+    errors = [float((error_P / unit_P).max()) for error_P, unit_P in rows_given]
     worst = int(np.argmax(errors))  # argmax takes a NaN for the largest
     batch = next(batch for batch in passes.batches if worst in batch)
     rows, positions = [worst], 0
@@ -91,16 +91,6 @@ def sample_of(passes: Passes, run: CandidateRun, reference: ReferenceRun) -> Sam
         [reference.tokens[row] for row in rows],
         passes.use_cache,
     )
-
-
-def _errors(run: CandidateRun, reference: ReferenceRun) -> list[float]:
-    ends = np.cumsum(reference.lengths)
-    units = np.split(reference.logits.noise.rms_P, ends[:-1])
-    values = np.split(reference.logits.value64_PX, ends[:-1])
-    return [
-        float((rms(given - value[-len(given) :], axis=-1) / unit[-len(given) :]).max())
-        for given, value, unit in zip(run.logits, values, units, strict=True)
-    ]
 
 
 @dataclass(frozen=True)

@@ -153,12 +153,8 @@ def share_at_rest(before_P: np.ndarray, left_P: np.ndarray, bound: float) -> flo
 
 def telling_rows(run: CandidateRun, reference: ReferenceRun) -> list[int]:
     """The shortest row that shows what is wrong, and the one that shows most of it."""
-    ends = np.cumsum(reference.lengths)
-    ratios = []
-    for end, given_PV in zip(ends, run.logits, strict=True):
-        at = slice(end - len(given_PV), end)
-        error_P = rms(given_PV - reference.logits.value64_PX[at], axis=-1)
-        ratios.append(float(rms(error_P) / rms(reference.logits.noise.rms_P[at])))
+    rows = [reference.error_and_noise(row, given_PV) for row, given_PV in enumerate(run.logits)]
+    ratios = [float(rms(error_P) / rms(unit_P)) for error_P, unit_P in rows]
     most = int(np.nanargmax(ratios))
     shows = [row for row, ratio in enumerate(ratios) if ratio >= SHOWS * ratios[most]]
     shortest = min(shows, key=lambda row: reference.lengths[row], default=most)

@@ -52,6 +52,12 @@ class ReferenceRun:
         """Positions of each row."""
         return [len(prompt) + len(new) - 1 for prompt, new in zip(self.prompts, self.tokens, strict=True)]
 
+    def error_and_noise(self, row: int, given_PV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rms error of logits that are given at the last positions of a row, and what is honest of it; both `P`."""
+        end = sum(self.lengths[: row + 1])
+        at = slice(end - len(given_PV), end)
+        return rms(given_PV - self.logits.value64_PX[at], axis=-1), self.logits.noise.rms_P[at]
+
 
 class Reference:
     """A checkpoint, run to judge others.
