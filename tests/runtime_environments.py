@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TESTING = ("hypothesis>=6.150", "pytest>=9")
+TESTING = ("hypothesis>=6.150", "pytest>=9", "pytest-xdist>=3.8")
 
 
 @dataclass(frozen=True)
