@@ -14,7 +14,7 @@ from verify.contestant import Contestant
 from verify.drive import CandidateRun
 from verify.errors import NoVerdict
 from verify.expect import AND, EXACT, Expectation, expectations, joined
-from verify.judge import judge
+from verify.judge import judge, verdict_on
 from verify.own_weights import are_expected
 from verify.report.result import Cell, Judgement, Seconds
 from verify.request import CacheMode, Request, request_for
@@ -200,17 +200,27 @@ class Comparison:
     ) -> _Held:
         """A free run against one reference."""
         seconds, began = 0.0, time.perf_counter()
-        reference = self.references.run(expectation, request.prompts, request.max_new_tokens, run.tokens)
+        asked = expectation, request.prompts, request.max_new_tokens, run.tokens
+        right = self.references.tokens(*asked)
         reference_seconds = time.perf_counter() - began
-        if run.tokens != reference.tokens:
+        if run.tokens != right:
             # From its first difference on, the candidate saw other tokens; feed both the same, so that one early
             # flip does not hide the rest. That difference itself stands, should the second run not repeat it.
-            forced = self._drive(candidate, mode, request, forced=reference.tokens)
+            forced = self._drive(candidate, mode, request, forced=right)
             seconds = forced.seconds
-            run = replace(forced, tokens=_with_first_differences(forced.tokens, run.tokens, reference.tokens))
+            run = replace(forced, tokens=_with_first_differences(forced.tokens, run.tokens, right))
         began = time.perf_counter()
         coarse = mode == "on" and expectation.arithmetic != FLOAT32 and expectation.scheme is None
+        along = self.references.along(expectation, run.caches or run.codes)
+        reference = along or self.references.run(*asked)
         verdict, tokens, noise = judge(run, reference, coarse=coarse)
+        if along is not None and verdict != "equal":
+            # Causes are tried with codes of their own, since a mistake changes them, and are held against the same.
+            # A token that is right after these is not wrong.
+            reference = self.references.run(*asked)
+            _, others, _ = judge(run, reference)
+            tokens = tokens if others.first_mismatch else others
+            verdict = verdict_on(tokens, noise)
         if expectation.scheme is not None:
             # Values of a quantised cache differ where a code fell on the other side of a step: too seldom for a
             # handful of orders to say how often is too often. What comes of it is judged by the logits.

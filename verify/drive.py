@@ -9,6 +9,7 @@ import numpy as np
 
 from refengine.tokens import Rows, left_padded
 from verify.candidates import Candidate, Past
+from verify.errors import NoVerdict
 from verify.feeds import merge, select
 from verify.schedule import Schedule
 
@@ -24,12 +25,14 @@ class CandidateRun:
         logits: of each row, at its last `len(logits)` positions (an export may give the last position's alone).
         caches: trace point -> of each row, keys or values at every position, heads flattened; empty if it gives none.
         seconds: spent in the candidate.
+        codes: the same of a cache that shows no more than its codes, as uint8.
     """
 
     tokens: Rows
     logits: Sequence[np.ndarray]
     caches: Mapping[str, Sequence[np.ndarray]]
     seconds: float
+    codes: Mapping[str, Sequence[np.ndarray]] = field(default_factory=dict)
 
 
 def run_candidate(
@@ -52,9 +55,9 @@ def run_candidate(
         forced: tokens to feed whatever the candidate chooses.
 
     Raises:
-        NoVerdict: the runtime failed.
+        NoVerdict: the runtime failed, or gave a past that no step can go on from where one is to.
     """
-    decoding = _Decoding(candidate, prompts, forced)
+    decoding = _Decoding(candidate, prompts, forced, use_cache)
     running: list[int] = []  # the rows of `past`
     past: Past | None = None
     for rows, later in pairwise([*schedule, ()]):
@@ -93,8 +96,9 @@ class _Row:
 class _Decoding:
     """A run of a candidate on its way."""
 
-    def __init__(self, candidate: Candidate, prompts: Rows, forced: Rows | None):
+    def __init__(self, candidate: Candidate, prompts: Rows, forced: Rows | None, use_cache: bool):
         self.candidate = candidate
+        self.use_cache = use_cache
         self.rows = [_Row(list(prompt)) for prompt in prompts]
         self.forced = forced
         self.seconds = 0.0
@@ -113,6 +117,8 @@ class _Decoding:
         began = time.perf_counter()
         result = self.candidate.run(token_ids_BT, positions_BT, past)
         self.seconds += time.perf_counter() - began
+        if self.use_cache and result.past is not None and result.past.fault:
+            raise NoVerdict(result.past.fault)
         for number, row, logits_TV in zip(numbers, rows, result.logits_BTV, strict=True):
             new = 1 if row.chosen else len(row.tokens)
             # A copy, since a view would keep the logits of the whole batch and its padding alive.
@@ -129,11 +135,15 @@ class _Decoding:
 
     def run(self) -> CandidateRun:
         """What the rows got, once all of them have ended."""
+        shown = [name for name in self.rows[0].cache if all(name in row.cache for row in self.rows)]
+        held = {name: [row.cache[name] for row in self.rows] for name in shown}
+        shows_codes = any(rows[0].dtype == np.uint8 for rows in held.values())
         return CandidateRun(
             tokens=[row.chosen for row in self.rows],
             logits=[row.logits[0] for row in self.rows],
-            caches={name: [row.cache[name] for row in self.rows] for name in self.rows[0].cache},
+            caches={} if shows_codes else held,
             seconds=self.seconds,
+            codes=held if shows_codes else {},
         )
 
 

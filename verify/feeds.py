@@ -24,8 +24,11 @@ def feed(
         past: what `next_past` made of the step before; None starts afresh, with a cache of length 0.
 
     Raises:
-        NoVerdict: the export cannot be told of this batch's padding, or takes another fixed shape alone.
+        NoVerdict: the export cannot go on from that past or be told of this batch's padding, or takes another fixed
+            shape alone.
     """
+    if past is not None and past.fault:
+        raise NoVerdict(past.fault)
     positions_BS = _with_past(positions_BT, past)
     if (positions_BS < 0).any() and not interface.has_attention_mask:
         raise NoVerdict(
@@ -65,32 +68,30 @@ def next_past(
         positions_BT: of the tokens that gave these outputs.
         past: what those tokens came after.
 
-    Raises:
-        NoVerdict: a present is not as long as past and new tokens, or not as the next step has to be fed it.
+    Returns:
+        One with a fault where a present is not as long as past and new tokens, or not as the next step has to be fed
+        it: without the cache there is no such step.
     """
-
-    positions_BS = _with_past(positions_BT, past)
+    positions_BS = np.array(_with_past(positions_BT, past))
     expected = (positions_BS.shape[0], interface.kv_heads, positions_BS.shape[1], interface.head_dim)
     advice = "the export's cache cannot be carried on; compare with --cache off"
     arrays = {}
     for name_in, name_out in interface.carried:
         present = outputs[name_out]
         if present.dtype.name != interface.cache_dtype:
-            raise NoVerdict(
-                f"{name_out}: expected {interface.cache_dtype}, as {name_in} declares, "
-                f"found {present.dtype.name}: {advice}"
-            )
+            declared = f"{interface.cache_dtype}, as {name_in} declares"
+            return Past({}, positions_BS, f"{name_out}: expected {declared}, found {present.dtype.name}: {advice}")
         if present.shape != expected:
-            raise NoVerdict(
-                f"{name_out}: expected shape {expected} (rows, KV heads, past and new tokens, "
-                f"head size), found {present.shape}: {advice}"
-            )
+            wanted = f"shape {expected} (rows, KV heads, past and new tokens, head size)"
+            return Past({}, positions_BS, f"{name_out}: expected {wanted}, found {present.shape}: {advice}")
         arrays[name_in] = np.array(present)
-    return Past(arrays, np.array(positions_BS))
+    return Past(arrays, positions_BS)
 
 
 def caches(interface: Interface, past: Past) -> dict[str, np.ndarray]:
-    """Keys and values `x_BKSH` of a past that was handed over, by trace point."""
+    """Keys and values `x_BKSH` of a past that was handed over, by trace point; none of one with a fault."""
+    if past.fault:
+        return {}
     points = [f"layers.{index}.self_attn.{kind}" for index in range(len(interface.layers)) for kind in CACHE_POINTS]
     return {point: past.arrays[name] for point, (name, _) in zip(points, interface.carried, strict=True)}
 

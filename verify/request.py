@@ -60,7 +60,8 @@ def request_for(candidate: Opened, request: Request) -> Request:
 
     Rows whose inputs share a scale are not decoded together: none of them would give what it gives alone.
     Rows of different lengths need padding in front, in the past too where they join a running batch. A cache that codes
-    neighbours in time together codes padding with them, and what that holds is nobody's business but the runtime's.
+    neighbours in time together codes padding with them, and what that holds is nobody's business but the runtime's. One
+    whose first pass reads what came, unless it is of fewer tokens than so many, counts padding among them.
     """
     if candidate.interface.batch_size is not None:
         return replace(request, batching="static", batch_size=candidate.interface.batch_size)
@@ -68,7 +69,7 @@ def request_for(candidate: Opened, request: Request) -> Request:
         return replace(request, batching="static", batch_size=1)
     ragged = request.batching == "continuous" or len(set(request.lengths)) > 1
     scheme = (request.expectation or candidate.expectation).scheme
-    padding_matters = scheme is not None and scheme.groups_tokens
+    padding_matters = scheme is not None and (scheme.groups_tokens or min(request.lengths) < scheme.first_pass_raw)
     if ragged and request.most_rows > 1 and (padding_matters or not candidate.can_pad_left):
         return replace(request, batching="static", batch_size=1)
     if request.batching == "continuous" and not candidate.can_merge:
@@ -91,7 +92,7 @@ def notes_on(candidate: Opened, request: Request) -> list[str]:
         return notes
     why = "the export cannot be told of left padding, so its prompts were run one by one"
     if candidate.can_pad_left:
-        why = "its cache would code padding together with tokens, so its prompts were run one by one"
+        why = "its cache would take padding for tokens, so its prompts were run one by one"
     if _shares_a_scale(candidate, request):
         why = "all that it is fed together shares a scale, so its prompts were run one by one"
     if met.most_rows == request.most_rows:

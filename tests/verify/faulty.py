@@ -20,6 +20,7 @@ __all__ = [
     "changed_weight",
     "choose_at_position",
     "exchanged_layers",
+    "give_a_short_present",
     "give_layers_in_order_of_text",
     "interleaved_rotation",
     "keep_last_logits",
@@ -95,3 +96,11 @@ def take_two_rows(model: onnx.ModelProto) -> None:
     """Declares that a batch has two rows."""
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 2
+
+
+def give_a_short_present(model: onnx.ModelProto) -> None:
+    """Gives the keys of the first layer without their oldest token, having used all of them."""
+    rename_output(model, "present.0.key", "all_keys")
+    ends = {"second": 1, "beyond": 2**31, "slots": 2}
+    model.graph.initializer.extend(numpy_helper.from_array(np.array([end]), name) for name, end in ends.items())
+    model.graph.node.append(helper.make_node("Slice", ["all_keys", "second", "beyond", "slots"], ["present.0.key"]))

@@ -195,6 +195,16 @@ def test_an_export_without_a_cache_has_no_verdict_where_only_the_cache_is_asked_
     assert report_of(cells, compared).exit_code == 3
 
 
+@pytest.mark.parametrize("runtime", ["ort-cpu", "openvino"])
+def test_a_cache_that_cannot_be_carried_on_is_no_hindrance_where_none_is(compared, tmp_path, runtime):
+    path = write_faulty(compared.checkpoint, tmp_path / "model.onnx", edit=faulty.give_a_short_present)
+    exact = {"INFERENCE_PRECISION_HINT": "f32"} if runtime == "openvino" else {}
+    cells = compared.cells(path, runtime, exact)
+    assert {mode: cell.verdict for mode, cell in cells.items()} == {"off": "equal", "on": "no-verdict"}
+    assert f"{runtime} failed: present.0.key: expected shape" in cells["on"].reason
+    assert "cannot be carried on; compare with --cache off" in cells["on"].reason
+
+
 def test_an_export_that_cannot_be_padded_is_run_one_by_one_and_the_report_says_so(compared, alone):
     candidate = compared.open(FROZEN / "genai")
     (note,) = notes_on(candidate, Request(compared.prompts, 8))

@@ -193,12 +193,16 @@ def test_a_runtime_that_fails_in_the_middle_gives_no_verdict(tmp_path):
         run_candidate(candidate, [[1, 2]], [(0,)] * 3, use_cache=True, forced=[[3, 999, 3]])
 
 
-def test_a_past_built_with_query_heads_gives_no_verdict_in_either_mode(tmp_path):
+@pytest.mark.parametrize("new_tokens", [1, 3])
+def test_a_past_built_with_query_heads_gives_no_verdict_where_it_is_to_be_carried_on(tmp_path, new_tokens):
     path = repeating_decoder(tmp_path / "model.onnx", heads=N, kv_heads="kv_heads")
     candidate = OrtCandidate.open(path, "ort-cpu", {}, ONE_LAYER)
-    for use_cache in (True, False):
-        with pytest.raises(NoVerdict, match=r"6 is num_attention_heads and 2 num_key_value_heads: its past was built"):
-            run_candidate(candidate, [[1, 2]], [(0,)] * 3, use_cache=use_cache)
+    schedule = [(0,)] * new_tokens
+    with pytest.raises(NoVerdict, match=r"6 is num_attention_heads and 2 num_key_value_heads: its past was built"):
+        run_candidate(candidate, [[1, 2]], schedule, use_cache=True)
+    without = run_candidate(candidate, [[1, 2]], schedule, use_cache=False)
+    assert len(without.tokens[0]) == new_tokens
+    assert without.caches == {}
 
 
 def test_a_fixed_batch_that_does_not_divide_the_prompts_gives_no_verdict(compared, tmp_path):

@@ -21,7 +21,7 @@ from tests.verify.declared import (
 )
 from verify.candidates import Past
 from verify.errors import NoVerdict
-from verify.feeds import feed, merge, next_past, select
+from verify.feeds import caches, feed, merge, next_past, select
 from verify.interface import Declared, interface_of
 
 ONE = np.array([[4]])  # one row of one token
@@ -144,17 +144,19 @@ def test_the_next_past_does_not_change_when_the_runtime_writes_its_buffers_again
 
 
 @pytest.mark.parametrize("length", [1, 2, 4, 64])
-def test_a_present_of_another_length_than_past_and_new_tokens_is_refused(length):
+def test_no_step_goes_on_from_a_present_of_another_length_than_past_and_new_tokens(length):
     interface = cached_interface()
-    past = past_of(interface, np.array([[0, 1]]))
+    past = next_past(interface, presents(interface, length), np.array([[2]]), past_of(interface, np.array([[0, 1]])))
+    assert caches(interface, past) == {}
     with pytest.raises(NoVerdict, match=re.escape(f"present_key_0: expected shape (1, {K}, 3, {H})")):
-        next_past(interface, presents(interface, length), np.array([[2]]), past)
+        feed(interface, ONE, np.array([[3]]), past)
 
 
-def test_a_present_of_another_dtype_than_the_past_is_refused():
+def test_no_step_goes_on_from_a_present_of_another_dtype_than_the_past():
     interface = cached_interface()
+    past = next_past(interface, presents(interface, 1, dtype="float16"), np.array([[0]]))
     with pytest.raises(NoVerdict, match="key_0: expected float32, as past_key_0 declares, found float16"):
-        next_past(interface, presents(interface, 1, dtype="float16"), np.array([[0]]))
+        feed(interface, ONE, np.array([[1]]), past)
 
 
 def rows_of(lengths: list[int], first: int = 0) -> Past:

@@ -21,10 +21,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Past:
-    """What a candidate's cached step hands to the next one: its arrays by input name, and the position of each slot."""
+    """What a candidate's step hands to the next one: its arrays by input name, and the position of each slot.
+
+    Where no step can go on from it, `fault` says why, and there are no arrays.
+    """
 
     arrays: Mapping[str, np.ndarray]
     positions_BS: np.ndarray
+    fault: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ CACHE_PRECISIONS = ("KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION")
 GROUP_SIZES = ("KEY_CACHE_GROUP_SIZE", "VALUE_CACHE_GROUP_SIZE")
 ARITHMETICS: Mapping[str, str] = {"bf16": "bfloat16", "f16": "float16"}  # INFERENCE_PRECISION_HINT -> expectation
 NO_GROUP = 2**32  # the group size of "per token" is larger; it is not done on a CPU (2026.4)
-UNREADABLE = ("u4", "u3")  # what such a state reads back as is not what attention reads (2026.4)
+CODES, UNREADABLE = "u4", "u3"  # what such states read back as: codes, and what nobody made out (2026.4)
 
 
 class OpenVinoCandidate:
@@ -140,6 +141,9 @@ class OpenVinoCandidate:
             self._last = next_past(self.interface, given, positions_BT, past) if self.interface.has_cache else None
         except (RuntimeError, NoVerdict) as error:
             raise NoVerdict(f"{self.path}: openvino failed: {in_words(str(error), self._config)}") from error
+        if self._last is not None and self._last.fault:
+            fault = f"{self.path}: openvino failed: {in_words(self._last.fault, self._config)}"
+            self._last = replace(self._last, fault=fault)
         return Step(given["logits"], self._last)
 
     def model(self) -> Any:
@@ -167,15 +171,20 @@ class OpenVinoCandidate:
         return OpenVinoCandidate(self.path, self.interface, settings, arithmetic, self._config, request)
 
     def caches(self, past: Past) -> dict[str, np.ndarray]:
-        """Keys and values after the last step, `x_BKSH` by trace point; none of a state that cannot be read back."""
+        """Keys and values after the last step, `x_BKSH` by trace point; codes (uint8) where it shows no more."""
         if not self.interface.is_stateful:
             return caches(self.interface, past)
-        if any(self.settings.effective.get(name) in UNREADABLE for name in CACHE_PRECISIONS):
+        precisions = dict(zip("kv", (self.settings.effective.get(name) for name in CACHE_PRECISIONS), strict=True))
+        if UNREADABLE in precisions.values():
             return {}
         found = {}
         for state in self._request.query_state():
             if (name := STATE_NAME.match(state.name)) is not None:
-                found[f"layers.{name[1]}.self_attn.{name[2][0]}_cache"] = np.array(state.state.data)
+                x_BKSH = np.array(state.state.data)
+                codes = x_BKSH.astype(np.uint8) if precisions[name[2][0]] == CODES else x_BKSH
+                # A version that gives the values that attention reads shows them in place of codes.
+                whole = np.array_equal(codes, x_BKSH)
+                found[f"layers.{name[1]}.self_attn.{name[2][0]}_cache"] = codes if whole else x_BKSH
         return found
 
 

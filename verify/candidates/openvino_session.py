@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 from refengine.config import Config
 from refengine.errors import InputError
@@ -23,6 +24,7 @@ DEFAULTS: Mapping[str, Mapping[str, str]] = {"CPU": {"CPU_RUNTIME_CACHE_CAPACITY
 INTEGERS = frozenset(["u2", "u3", "u4", "i4", "u6", "u8", "i8"])  # weights may be stored as these
 INTEGER_WEIGHTS = "integer_weights"  # in the settings: which of them are
 PLAIN: Mapping[str, str] = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
+BFLOAT16 = "bf16"  # OpenVINO's name of it
 NO_LAYERS = ("Const", "Input", "Output")  # of a compiled model: they compute nothing
 
 
@@ -107,7 +109,25 @@ def compiled(
         **_properties(openvino, request.get_compiled_model()),
         INTEGER_WEIGHTS: _integer_weights(model),
     }
-    return request, Settings({DEVICE: device, **properties}, effective)
+    return _Request(request), Settings({DEVICE: device, **properties}, effective)
+
+
+class _Request:
+    """A request with bfloat16, which NumPy lacks, as ml_dtypes': OpenVINO exchanges its bits under float16's name."""
+
+    def __init__(self, request: Any):
+        self._request = request
+        self.reset_state: Callable[[], None] = request.reset_state
+        self.query_state: Callable[[], Any] = request.query_state
+        self.get_compiled_model: Callable[[], Any] = request.get_compiled_model
+
+    def infer(self, fed: Mapping[str, np.ndarray]) -> dict[Any, np.ndarray]:
+        """As a request does it."""
+        bits = {name: array.view(np.float16) if array.dtype == bfloat16 else array for name, array in fed.items()}
+        return {
+            port: array.view(bfloat16) if port.get_element_type().to_string() == BFLOAT16 else array
+            for port, array in self._request.infer(bits).items()
+        }
 
 
 def _integer_weights(model: Any) -> list[str]:
@@ -133,7 +153,8 @@ def _import_openvino() -> Any:
 def declared(port: Any) -> Declared:
     """An input or output under the name by which it is known, where it has several."""
     shape = tuple(size.get_length() if size.is_static else None for size in port.get_partial_shape())
-    dtype = port.get_element_type().to_dtype().name
+    kind = port.get_element_type()
+    dtype = bfloat16.__name__ if kind.to_string() == BFLOAT16 else kind.to_dtype().name
     return Declared(port.get_any_name(), dtype, shape)
 
 
@@ -180,9 +201,16 @@ def save(model: Any, path: Path) -> None:
     _import_openvino().save_model(model, path, compress_to_fp16=False)
 
 
+def _has_bfloat16(part: Any) -> bool:
+    """Whether it is fed or gives bfloat16, which OpenVINO would misread from NumPy's arrays."""
+    return any(port.get_element_type().to_string() == BFLOAT16 for port in (*part.inputs, *part.outputs))
+
+
 def _plainly(part: Any, fed: Sequence[np.ndarray]) -> list[np.ndarray] | None:
     """A model's results in float32 on the CPU; None where it cannot be run."""
     openvino = _import_openvino()
+    if _has_bfloat16(part):
+        return None
     try:
         results = openvino.Core().compile_model(part, "CPU", PLAIN)(list(fed))
     except RuntimeError:
@@ -193,6 +221,8 @@ def _plainly(part: Any, fed: Sequence[np.ndarray]) -> list[np.ndarray] | None:
 def _by_reference(part: Any, fed: Sequence[np.ndarray]) -> list[np.ndarray] | None:
     """The same of the implementations that OpenVINO itself is tested with; None where it has none."""
     openvino = _import_openvino()
+    if _has_bfloat16(part):
+        return None
     results = [openvino.Tensor(port.get_element_type(), openvino.Shape([])) for port in part.outputs]
     try:
         part.evaluate(results, [openvino.Tensor(array) for array in fed])

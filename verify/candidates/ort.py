@@ -146,6 +146,8 @@ class OrtCandidate:
         except failures as error:
             words = in_words(str(error), self._config)
             raise NoVerdict(f"{used.file.path}: {self.runtime} failed: {words}") from error
+        if kept is not None and kept.fault:
+            kept = replace(kept, fault=f"{used.file.path}: {self.runtime} failed: {in_words(kept.fault, self._config)}")
         return Step(np.array(given["logits"]), kept)
 
     def caches(self, past: Past) -> dict[str, np.ndarray]:

@@ -84,6 +84,33 @@ class Noise:
         return cls(pooled(units), ONE_BIT * max(overall), ONE_BIT * max(position))
 
 
+class Errors:
+    """The errors of several orders at some trace points, added one order after the other.
+
+    Args:
+        right: trace point -> what is right at each position (the first axis).
+
+    Attributes:
+        largest: trace point -> the largest error of any one number at each position.
+    """
+
+    def __init__(self, right: Mapping[str, np.ndarray]):
+        self._right = {name: value.reshape(len(value), -1) for name, value in right.items()}
+        self._errors: dict[str, list[np.ndarray]] = {name: [] for name in right}
+        self.largest = {name: np.zeros(len(value)) for name, value in right.items()}
+
+    def add(self, found: Mapping[str, np.ndarray]) -> None:
+        """What an order gives at these points."""
+        for name, value in found.items():
+            difference_PX = value.reshape(len(value), -1) - self._right[name]
+            self._errors[name].append(rms(difference_PX, axis=-1))
+            np.maximum(self.largest[name], np.abs(difference_PX).max(axis=-1), out=self.largest[name])
+
+    def noise(self, plain: Mapping[str, Plain]) -> dict[str, Noise]:
+        """The noise at each point, with the errors of the plainest sums where there are any."""
+        return {name: Noise.of(self._errors[name], value, plain=plain.get(name)) for name, value in self._right.items()}
+
+
 def rms(x: np.ndarray, axis: int | tuple[int, ...] | None = None) -> np.ndarray:
     """Root of the mean square over `axis` (everything by default), in float64."""
     return np.sqrt(np.mean(np.square(x, dtype=np.float64), axis=axis))

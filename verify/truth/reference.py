@@ -1,6 +1,6 @@
 """The reference's side: the right tokens, their logits and caches in float64, and the noise of float32."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from refengine.checkpoint import Checkpoint
 from refengine.generate import generate
-from refengine.kvcache import KVCache
+from refengine.kvcache import Cache, KVCache
 from refengine.model import forward
 from refengine.ops import OPS, Ops
 from refengine.quant import ops_for
@@ -16,9 +16,12 @@ from refengine.scheme import Scheme, stored_as
 from refengine.tokens import Rows, left_padded
 from refengine.weights import Weights
 from verify.truth.arithmetic import FLOAT32, Arithmetic
-from verify.truth.noise import PLAIN_POSITIONS, Noise, Plain, rms
+from verify.truth.codes import Given, GivenCache, can_be_given
+from verify.truth.noise import PLAIN_POSITIONS, Errors, Noise, Plain, rms
 from verify.truth.opened import open_weights
 from verify.truth.rows_alone import TOKENS_A_PASS, held, rows_anew, rows_in_steps
+
+LOGITS = "lm_head"  # their trace point
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ class ReferenceRun:
         end = sum(self.lengths[: row + 1])
         at = slice(end - len(given_PV), end)
         return rms(given_PV - self.logits.value64_PX[at], axis=-1), self.logits.noise.rms_P[at]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A run of the reference without its noise; `right`: logits, keys and values by trace point, at every position."""
+
+    prompts: Rows
+    tokens: Rows
+    right: Mapping[str, np.ndarray]
 
 
 class Reference:
@@ -110,12 +122,10 @@ class Reference:
                 run, and nothing had to be decoded step by step.
         """
         # What was read in float64 is let go before the same is read in float32.
-        return self._with_noise(*self._truth(prompts, max_new_tokens, guess))
+        return self.with_noise(self.truth(prompts, max_new_tokens, guess))
 
-    def _truth(
-        self, prompts: Rows, max_new_tokens: int, guess: Rows | None
-    ) -> tuple[Rows, Rows, np.ndarray, dict[str, np.ndarray]]:
-        """Prompts, tokens, logits and caches in float64."""
+    def truth(self, prompts: Rows, max_new_tokens: int, guess: Rows | None) -> Truth:
+        """The same run without its noise."""
         self.on_progress("reading the checkpoint in float64")
         weights = open_weights(self.checkpoint, np.float64)
         endless = replace(weights, config=replace(weights.config, eos_token_id=()))
@@ -127,29 +137,55 @@ class Reference:
             self.on_progress("the reference decodes its own tokens in float64")
             tokens = generate(endless, prompts, max_new_tokens, scheme=self.scheme, ops=ops)
             logits_PV, caches = one_pass(endless, prompts, tokens, self.scheme, ops)
-        return prompts, tokens, logits_PV, caches
+        return Truth(prompts, tokens, {LOGITS: logits_PV, **caches})
 
-    def _with_noise(
-        self, prompts: Rows, tokens: Rows, logits64_PV: np.ndarray, caches64: Mapping[str, np.ndarray]
-    ) -> ReferenceRun:
-        weights, orders = self.noisy(len(logits64_PV))
-        flips_P = np.zeros(len(logits64_PV))
-        errors: dict[str, list[np.ndarray]] = {"lm_head": [], **{name: [] for name in caches64}}
+    def with_noise(self, truth: Truth) -> ReferenceRun:
+        """A run, and the noise of the arithmetic in it."""
+        weights, orders = self.noisy(len(truth.right[LOGITS]))
+        errors = Errors(truth.right)
         for order, ops in orders.items():
             self.on_progress(f"the reference in {self.arithmetic.name} ({order})")
-            logits_PV, caches = self.as_fed(weights, prompts, tokens, ops)
-            difference_PV = logits_PV - logits64_PV
-            errors["lm_head"].append(rms(difference_PV, axis=-1))
-            np.maximum(flips_P, np.abs(difference_PV).max(axis=-1), out=flips_P)
-            for name, value_PX in caches.items():
-                errors[name].append(rms(value_PX - caches64[name], axis=-1))
-        plain = self._plain(weights, prompts, tokens, {"lm_head": logits64_PV, **caches64})
-        measured = {
-            name: Measured(value, Noise.of(errors[name], value, plain=plain.get(name)))
-            for name, value in caches64.items()
-        }
-        logits = Measured(logits64_PV, Noise.of(errors["lm_head"], logits64_PV, plain=plain.get("lm_head")))
-        return ReferenceRun(prompts, tokens, logits, flips_P, measured)
+            logits_PV, caches = self.as_fed(weights, truth.prompts, truth.tokens, ops)
+            errors.add({LOGITS: logits_PV, **caches})
+        plain = self._plain(weights, truth.prompts, truth.tokens, truth.right)
+        return _as_run(truth, errors.noise(plain), errors.largest[LOGITS])
+
+    def along(self, truth: Truth, caches: Mapping[str, Sequence[np.ndarray]]) -> ReferenceRun | None:
+        """The reference after the tokens of a run, with the codes that another's cache held after the same ones.
+
+        These are taken where honest noise may decide between two codes, and nowhere else. Its tokens are what it
+        chooses after those of the run; the noise is that of arithmetic alone, all orders reading the same cache.
+
+        Args:
+            caches: trace point -> of each row, keys or values at every position, as attention read them; or where that
+                is not known, their codes (uint8).
+
+        Returns:
+            None where they are not known of every layer, or do not tell what every pass has read, and of a coarser
+            arithmetic than float32, whose noise is of the size of a step.
+        """
+        scheme = self.scheme
+        held = {point: np.concatenate(rows) for point, rows in caches.items()}
+        if scheme is None or self.arithmetic != FLOAT32 or not can_be_given(scheme, held):
+            return None
+        if {LOGITS, *held} != set(truth.right) or not all(np.isfinite(held_PX).all() for held_PX in held.values()):
+            return None
+        self.on_progress("the reference in float64, on the candidate's cache")
+        weights, ops64 = open_weights(self.checkpoint, np.float64), ops_for(scheme)
+        logits_PV, filled = given_pass(weights, truth, scheme, ops64, Given(held))
+        errors = Errors({LOGITS: logits_PV, **filled.brought})
+        noisy_weights, orders = self.noisy(len(logits_PV))
+        for order, ops in orders.items():
+            self.on_progress(f"the reference in {self.arithmetic.name} on the candidate's cache ({order})")
+            logits_PV, filled = given_pass(noisy_weights, truth, scheme, ops, Given(held))
+            errors.add({LOGITS: logits_PV, **filled.brought})
+        noise = errors.noise({})
+        moved = {point: noise[point].position_bound * errors.largest[point] for point in held}
+        self.on_progress("the reference in float64, with the candidate's choice of codes")
+        logits_PV, filled = given_pass(weights, truth, scheme, ops64, Given(held, moved))
+        right = {LOGITS: logits_PV, **{point: x_PKH.reshape(len(x_PKH), -1) for point, x_PKH in filled.read.items()}}
+        tokens = chosen(logits_PV, truth.prompts, truth.tokens)
+        return _as_run(Truth(truth.prompts, tokens, right), noise, errors.largest[LOGITS])
 
     def _plain(
         self, weights: Weights, prompts: Rows, tokens: Rows, right64: Mapping[str, np.ndarray]
@@ -172,6 +208,11 @@ class Reference:
         return {name: Plain(rms(value - right64[name][at], axis=-1), at) for name, value in found.items()}
 
 
+def _as_run(truth: Truth, noise: Mapping[str, Noise], flips_P: np.ndarray) -> ReferenceRun:
+    measured = {name: Measured(value, noise[name]) for name, value in truth.right.items()}
+    return ReferenceRun(truth.prompts, truth.tokens, measured.pop(LOGITS), flips_P, measured)
+
+
 def chosen(logits_PV: np.ndarray, prompts: Rows, tokens: Rows) -> list[list[int]]:
     """The token that the logits choose at every step of every row."""
     return [logits_PV[steps].argmax(axis=-1).tolist() for steps in step_slices(prompts, tokens)]
@@ -190,17 +231,30 @@ def one_pass(
     weights: Weights, prompts: Rows, tokens: Rows, scheme: Scheme | None, ops: Ops
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits, and keys and values by trace point, at every position of every row, rows one after the other."""
+    cache = KVCache(weights.config, len(prompts), scheme or stored_as(weights.dtype))
+    return _logits(weights, prompts, tokens, scheme, ops, cache), held(cache, weights.dtype)
+
+
+def given_pass(weights: Weights, truth: Truth, scheme: Scheme, ops: Ops, given: Given) -> tuple[np.ndarray, GivenCache]:
+    """The same after the tokens of a run, with a cache that keeps to what is given."""
+    lengths_B = [len(prompt) + len(new) - 1 for prompt, new in zip(truth.prompts, truth.tokens, strict=True)]
+    none_BS = np.empty((len(lengths_B), 0), np.int64)
+    cache = GivenCache(scheme, given, np.cumsum([0, *lengths_B[:-1]]), none_BS)
+    return _logits(weights, truth.prompts, truth.tokens, scheme, ops, cache), cache
+
+
+def _logits(weights: Weights, prompts: Rows, tokens: Rows, scheme: Scheme | None, ops: Ops, cache: Cache) -> np.ndarray:
+    """Logits at every position of every row, rows one after the other, after passes that fill an empty cache."""
     token_ids_BT, positions_BT = left_padded(
         [[*prompt, *new[:-1]] for prompt, new in zip(prompts, tokens, strict=True)]
     )
     there_BT = positions_BT >= 0
     place_BT = there_BT.cumsum().reshape(there_BT.shape) - 1
-    cache = KVCache(weights.config, len(token_ids_BT), scheme or stored_as(weights.dtype))
     logits_PV = np.empty((np.count_nonzero(there_BT), weights.config.vocab_size), weights.dtype)
     for columns in _columns(positions_BT, len(tokens[0]), scheme):
         logits_BTV = forward(weights, token_ids_BT[:, columns], positions_BT[:, columns], cache, ops=ops)
         logits_PV[place_BT[:, columns][there_BT[:, columns]]] = logits_BTV[there_BT[:, columns]]
-    return logits_PV, held(cache, weights.dtype)
+    return logits_PV
 
 
 def _columns(positions_BT: np.ndarray, new_tokens: int, scheme: Scheme | None) -> list[slice]:

@@ -1,13 +1,15 @@
 """The reference's runs that a comparison needs: on the checkpoint's weights, and on those that an export holds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 from refengine.checkpoint import Checkpoint
 from refengine.errors import CheckpointError
 from refengine.tokens import Rows
 from verify.expect import EXACT, Expectation
 from verify.report.weights import WeightsCost
-from verify.truth.reference import Reference, ReferenceRun
+from verify.truth.reference import Reference, ReferenceRun, Truth
 from verify.weights.cost import cost_of_weights
 from verify.weights.exported import ExportedCheckpoint
 
@@ -32,6 +34,7 @@ class References:
         self.checkpoint = checkpoint
         self.own = own
         self.on_progress = on_progress
+        self.truths: dict[Expectation, Truth] = {}
         self.made = {} if exact_run is None else {EXACT: exact_run}
 
     def run(self, expectation: Expectation, prompts: Rows, max_new_tokens: int, guess: Rows) -> ReferenceRun:
@@ -41,21 +44,43 @@ class References:
             CheckpointError: weights are not all finite.
         """
         if expectation not in self.made:
-            checkpoint = self.own if expectation.own_weights and self.own is not None else self.checkpoint
-            engine = Reference(checkpoint, self.on_progress, expectation.scheme, expectation.arithmetic)
-            self.made[expectation] = engine.run(prompts, max_new_tokens, guess)
+            truth = self._truth(expectation, prompts, max_new_tokens, guess)
+            self.made[expectation] = self._engine(expectation).with_noise(truth)
         return self.made[expectation]
+
+    def tokens(self, expectation: Expectation, prompts: Rows, max_new_tokens: int, guess: Rows) -> Rows:
+        """Those of `run`, whose noise may not be asked for."""
+        if expectation in self.made:
+            return self.made[expectation].tokens
+        return self._truth(expectation, prompts, max_new_tokens, guess).tokens
+
+    def along(self, expectation: Expectation, caches: Mapping[str, Sequence[np.ndarray]]) -> ReferenceRun | None:
+        """After `tokens`, with the codes of another's cache; as `Reference.along` makes it."""
+        if expectation not in self.truths:
+            return None
+        return self._engine(expectation).along(self.truths[expectation], caches)
+
+    def _truth(self, expectation: Expectation, prompts: Rows, max_new_tokens: int, guess: Rows) -> Truth:
+        if expectation not in self.truths:
+            self.truths[expectation] = self._engine(expectation).truth(prompts, max_new_tokens, guess)
+        return self.truths[expectation]
+
+    def _engine(self, expectation: Expectation) -> Reference:
+        checkpoint = self.own if expectation.own_weights and self.own is not None else self.checkpoint
+        return Reference(checkpoint, self.on_progress, expectation.scheme, expectation.arithmetic)
 
     def cost_of_weights(self) -> WeightsCost | None:
         """What the export's own weights cost, with the cache of the first run on the checkpoint's.
 
         None where they are the checkpoint's or not all finite, or where nothing ran.
         """
-        held = next((held for held in self.made if not held.own_weights), None)
+        held = next((held for held in {**self.made, **self.truths} if not held.own_weights), None)
         if held is None or self.own is None or self.own.is_exact:
             return None
         self.on_progress("what the export's weights cost")
         try:
+            if held not in self.made:
+                self.made[held] = self._engine(held).with_noise(self.truths[held])
             return cost_of_weights(self.made[held], self.own, held.scheme)
         except CheckpointError:
             return None

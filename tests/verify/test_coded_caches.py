@@ -1,0 +1,86 @@
+"""Caches of codes in a real runtime: what lies on the border between two codes is no fault, and hides none."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refengine.checkpoint import open_checkpoint
+from tests.verify.comparing import Compared, Here, Notes
+from tests.verify.faulty_ir import Edit, edited, with_constant
+from verify.compare import Comparison
+from verify.expect import Expectation, expectations
+from verify.report.result import Cell
+from verify.request import Request
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+IR = FIXTURES / "exports" / "optimum-intel" / "openvino_model.xml"
+F32 = {"INFERENCE_PRECISION_HINT": "f32"}
+U8, U4 = ({"KV_CACHE_PRECISION": precision} for precision in ("u8", "u4"))
+IN_GROUPS_OF_8 = {**U8, "KEY_CACHE_GROUP_SIZE": "8", "VALUE_CACHE_GROUP_SIZE": "8"}
+LAYER = "__module.model.layers.5."
+
+
+def drawn(seed: int) -> tuple[list[list[int]], int]:
+    """Some prompts, and how many new tokens."""
+    random = np.random.default_rng(seed)
+    rows, new_tokens = int(random.integers(1, 9)), int(random.integers(12, 65))
+    return [random.integers(0, 384, int(random.integers(1, 80))).tolist() for _ in range(rows)], new_tokens
+
+
+def cell(
+    prompts: list[list[int]],
+    new_tokens: int,
+    options: Mapping[str, str],
+    path: Path = IR,
+    expectation: Expectation | None = None,
+) -> Cell:
+    """The cell with the cache; by default held against what its settings say."""
+    checkpoint = open_checkpoint(FIXTURES / "tiny_llama")
+    candidate = Compared(checkpoint, prompts, new_tokens).open(path, "openvino", {**F32, **options})
+    request = Request(prompts, new_tokens, modes=("on",), expectation=expectation)
+    (found,) = Comparison(checkpoint, request, Notes()).cells(Here(candidate))
+    return found
+
+
+# Drawn until a value lay near enough to a border that OpenVINO and float64 took different codes.
+ON_BORDERS = {"u8": (102, U8), "u8 in groups of 8": (112, IN_GROUPS_OF_8), "u4": (115, U4)}
+
+
+@pytest.mark.parametrize("name", ON_BORDERS)
+def test_a_value_on_the_border_between_two_codes_may_have_either(name: str) -> None:
+    seed, options = ON_BORDERS[name]
+    found = cell(*drawn(seed), options)
+    assert found.verdict == "equal"
+    assert found.tokens is not None
+    assert found.noise_ratio is not None
+    assert found.tokens.equal == found.tokens.compared
+    assert found.noise_ratio.logits < 2  # of float32, not of codes
+    assert found.noise_ratio.position_bound < 20
+
+
+HIDDEN: Mapping[str, Edit] = {
+    "eps of the last norm": with_constant("__module.model.norm/aten::add/Add", 1, lambda eps: eps * 0.1),
+    "keys": with_constant(f"{LAYER}self_attn.k_proj/aten::linear/MatMul", 1, lambda weight: weight * 1.0001),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_mistake_much_smaller_than_a_step_is_found(name: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    prompts = [random.integers(0, 384, int(random.integers(4, 40))).tolist() for _ in range(3)]
+    assert cell(prompts, 20, U8, edited(IR, HIDDEN[name], tmp_path)).verdict in ("drift", "mismatch")
+
+
+@pytest.mark.parametrize(("options", "name"), [(IN_GROUPS_OF_8, "ov-u8"), (U4, "ov-u8")])
+def test_codes_of_another_kind_are_found(options: Mapping[str, str], name: str) -> None:
+    prompts, _ = drawn(112)
+    assert cell(prompts, 12, options, expectation=expectations()[name]).verdict in ("drift", "mismatch")
+
+
+def test_a_prompt_of_one_token_is_run_by_itself_where_a_first_pass_reads_what_came() -> None:
+    prompts = [[5, 17, 44, 80, 3, 9, 121], [7]]
+    found = cell(prompts, 12, U8)
+    assert (found.verdict, found.batch_size) == ("equal", 1)
+    assert cell([prompts[0], [7, 8]], 12, U8).batch_size == 2
