@@ -14,10 +14,11 @@ from verify.causes.footprint import AFTER_PROMPTS
 from verify.drive import CandidateRun
 from verify.naming.as_if import Passes
 from verify.naming.coarse import Coarse, Explaining
+from verify.naming.counterfactual import Counterfactual, Mistakes
 from verify.naming.layer_screen import HALVES, Given, LayerScreen
 from verify.naming.layerwise import Layerwise, explain_layers, without_last_norm
 from verify.naming.screen import EXPLAINED, Screen, Tried, telling_rows
-from verify.naming.search import AS_WELL, Clock, Search
+from verify.naming.search import AS_WELL, Clock, Search, read_from_export
 from verify.naming.telling_apart import telling_probe
 from verify.report.result import CauseFound, Diagnosis, Residual
 from verify.truth.opened import open_weights
@@ -72,7 +73,8 @@ def diagnose(
     if found.status == "ambiguous" and not noisy:
         found = replace(found, notes=(*found.notes, *_apart(weights, confirmed, passes.use_cache)))
     clock.end()
-    return found
+    said = (_last_norm_by_name(each, checkpoint.config.num_hidden_layers) for each in found.causes)
+    return replace(found, causes=tuple(said))
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,7 @@ class _Stages:
         arithmetics = partial(self.coarse.explaining, units)
         # Asked for once, and only where it is needed.
         alone = cache(lambda: list[Explaining]() if self.search.is_over else arithmetics())
-        if in_prompts:
-            told = self._layers(possible, lambda: bool(alone()))
+        told = self._layers(possible, lambda: bool(alone()))
         if not self.search.promising and not (self.given and alone()):
             self._singles(possible)
         if self.search.promising:
@@ -125,7 +126,11 @@ class _Stages:
         search = self.search
         screens = (LayerScreen(self.screen.weights, each) for each in self.given)
         told = explain_layers(screens, possible, self.evidence, search.ends, search.on_step, is_noise)
-        for each in told.proposed:
+        # What is not seen in some layers may be there too: a number that the export has knows where it is.
+        read = {_said(each): each for each in read_from_export(possible.values(), self.evidence)}
+        for each in (*told.proposed, *(some for some in told.partial if any(_said(one) in read for one in some))):
+            search.one(*_as_read(each, read))
+        for each in () if search.promising else told.proposed:
             search.one(*each)
             if not search.promising:
                 search.one(*without_last_norm(each, self.evidence.config))
@@ -153,6 +158,16 @@ class _Stages:
             if not self.search.is_over and (found := arithmetics(each.mistakes)):
                 return found
         return []
+
+
+def _said(mistake: Counterfactual) -> tuple[str, str]:
+    return mistake.cause, str(mistake.parameters)
+
+
+def _as_read(mistakes: Mistakes, read: Mapping[tuple[str, str], Counterfactual]) -> Mistakes:
+    """Mistakes in the layers in which the export has them, where it says so."""
+    known = {_said(each): read[_said(each)] for each in mistakes if _said(each) in read}
+    return (*known.values(), *(each for each in mistakes if _said(each) not in known))
 
 
 def _prompts_are_right(run: CandidateRun, reference: ReferenceRun) -> bool:
@@ -258,6 +273,15 @@ def _in_noise(noisy: Sequence[Explaining], whole: float) -> Iterator[CauseFound]
         yield from _found(Tried(each.mistakes, each.ratio), whole, "confirmed") if number == 0 else ()
         status: Status = "confirmed" if number == 0 else "equivalent"
         yield CauseFound(each.unit.cause, each.unit.parameters, None, Residual(whole, each.ratio), status)
+
+
+def _last_norm_by_name(cause: CauseFound, behind: int) -> CauseFound:
+    """The norm behind the layers is no layer, though a mistake counts it as the one after the last."""
+    if cause.layers is None or behind not in cause.layers:
+        return cause
+    layers = tuple(layer for layer in cause.layers if layer != behind)
+    said = {"beside them": "norm"} if layers else {"norm": "norm"}
+    return replace(cause, layers=layers, parameters={**cause.parameters, **said})
 
 
 def _found(tried: Tried, before: float, status: Status) -> Iterator[CauseFound]:

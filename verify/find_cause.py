@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from refengine.checkpoint import Checkpoint
+from refengine.errors import InputError
 from verify.causes import Evidence
 from verify.causes.catalogue import CATALOGUE
 from verify.causes.footprint import likely_at
@@ -18,7 +19,10 @@ from verify.compare import Progress, Unequal
 from verify.contestant import Contestant
 from verify.diagnose import diagnose
 from verify.errors import NoVerdict
+from verify.expect import WEIGHTS
 from verify.locate import Located, Place, Rung, blamed, ladder, locate, write_repro
+from verify.locating.free_taps import misplaced
+from verify.locating.ladder import is_of_plain_graph
 from verify.naming.as_if import Passes
 from verify.naming.runtime_fault import with_runtime_fault
 from verify.report.figures import figure
@@ -61,21 +65,16 @@ def find_cause(
     right = own if on_own and own is not None else checkpoint
     others = own if own is not None and not own.is_exact and not on_own else None
     begin = partial(progress.begin, steps=None)
-    located = locate(right, contestant, run, reference, passes, unequal.expectation, begin)
+    located = locate(_but_for_damage(right, others), contestant, run, reference, passes, unequal.expectation, begin)
     begin("the ladder from the plain graph to this run")
     rungs = ladder(contestant, run, reference, passes, others, unequal.expectation)
     notes = [*_climbed(rungs), *located.notes]
-    if repro is not None and located.shown is not None:
+    if repro is not None:
         notes.append(_written(contestant, located, rungs, repro))
     if (not_finite := _not_finite(unequal)) is not None:
-        return _told(Diagnosis("unexplained"), located, rungs, reference, [not_finite, *notes])
-    evidence = Evidence(
-        *(checkpoint.config, passes.use_cache, unequal.request.is_padded, max(reference.lengths)),
-        batches=len(passes.batches),
-        suspects=located.suspects,
-        constants=_with_order_of_heads(constants, located),
-        own=None if on_own else own,
-    )
+        found = Diagnosis("unexplained", untried=not_finite)
+        return _told(found, located, rungs, reference, [not_finite, *notes])
+    evidence = _evidence(checkpoint, unequal, passes, located, rungs, constants, None if on_own else own)
     progress.begin(f"looking for the cause, {seconds:g} seconds at most", math.ceil(seconds))
     likely = likely_at(located.first.point) if located.layers and located.first else ()
     found = diagnose(
@@ -86,6 +85,35 @@ def find_cause(
         on_seconds=progress.advance,
     )
     return _told(found, located, rungs, reference, notes)
+
+
+def _evidence(
+    checkpoint: Checkpoint,
+    unequal: Unequal,
+    passes: Passes,
+    located: Located,
+    rungs: tuple[Rung, ...],
+    constants: Mapping[str, tuple[Any, ...]],
+    own: ExportedCheckpoint | None,
+) -> Evidence:
+    """What is known of the run, its graph and its place, by which causes are chosen."""
+    reference = unequal.reference
+    seen = {"cache_sources": misplaced(unequal.run, reference)}
+    return Evidence(
+        *(checkpoint.config, passes.use_cache, unequal.request.is_padded, max(reference.lengths)),
+        batches=len(passes.batches),
+        suspects=located.suspects,
+        constants={**_with_order_of_heads(constants, located), **seen},
+        is_plain=is_of_plain_graph(rungs, reference.logits.noise.overall_bound),
+        is_outside_layers=located.is_outside_layers,
+        own=own,
+    )
+
+
+def _but_for_damage(right: Checkpoint, others: ExportedCheckpoint | None) -> Checkpoint:
+    """What parts are held against: where weights are rounded and one is more than that, that one is to be found."""
+    is_rounded = others is not None and others.stored_as != WEIGHTS[0]
+    return others.without_damage() if others is not None and is_rounded and not others.is_faithful else right
 
 
 def _told(
@@ -100,11 +128,12 @@ def _told(
 def _written(contestant: Contestant, located: Located, rungs: tuple[Rung, ...], repro: Path) -> str:
     """What is said of the smallest graph, which is run by who has it wrong."""
     first, shown = located.first, located.shown
+    if shown is None:
+        return f"{repro}: not written: no node was found that is wrong by itself"
     provider = first.provider if first is not None and blamed(rungs) == "provider" else None
     try:
-        if shown is not None:
-            write_repro(contestant, shown, repro, provider or "CPUExecutionProvider")
-    except NoVerdict as error:
+        write_repro(contestant, shown, repro, provider or "CPUExecutionProvider")
+    except (NoVerdict, InputError) as error:
         return f"{repro}: not written: {error}"
     return f"{repro}: the smallest graph that shows it; run python repro.py there"
 

@@ -74,6 +74,11 @@ class Located:
     shown: Shown | None = None
     given: tuple[Given, ...] = ()
 
+    @property
+    def is_outside_layers(self) -> bool:
+        """Whether each layer was looked at and is right by itself, and what is before or behind them is not."""
+        return bool(self.parts) and not self.layers and self.first is not None and self.first.layer is None
+
 
 def locate(
     checkpoint: Checkpoint,

@@ -1,5 +1,6 @@
 """Mistakes in the cache: each is reproduced by its own counterfactual, and by no other."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,12 +13,20 @@ from tests.meta.drivers import Driven, NotReset, losing
 from tests.meta.explaining import NEW_TOKENS, Explained, Subject, trained
 from verify.candidates import Candidate
 from verify.causes import Evidence
-from verify.causes.cache import CAUSES, cache_capacity_as_length, cache_not_reset, cache_quantized, cache_truncated
+from verify.causes.cache import (
+    CAUSES,
+    cache_capacity_as_length,
+    cache_layer_order,
+    cache_not_reset,
+    cache_quantized,
+    cache_truncated,
+)
 from verify.causes.catalogue import CATALOGUE, name_of
 from verify.drive import run_candidate
 from verify.export import export_decoder
 from verify.export.faults.cache import FAULTS
 from verify.export.faults.writing import Fault, write_faulty
+from verify.locating.free_taps import misplaced
 from verify.naming.as_if import Passes, run_as_if
 from verify.naming.screen import Screen
 
@@ -58,6 +67,7 @@ def driven(subject: Subject, candidate: Candidate, *, together: bool = True) -> 
         is_padded=together,
         longest=max(reference.lengths),
         batches=len(batches),
+        constants={"cache_sources": misplaced(run, reference)},
     )
     fault = Fault("", None, None, lambda checkpoint, path: path)
     return Explained(fault, evidence, Screen(subject.weights, passes, run, reference, rows), subject)
@@ -161,6 +171,37 @@ def test_layers_whose_caches_are_not_equally_long_are_not_taken_for_each_other(s
     alone, both = (run_as_if(subject.weights, subject.passes, mistakes) for mistakes in ([lost], [lost, dealt]))
     for alone_PV, both_PV in zip(alone, both, strict=True):
         np.testing.assert_array_equal(alone_PV, both_PV)
+
+
+def give_layer_3_as_4(kinds: Sequence[str], model: onnx.ModelProto) -> None:
+    """Layer 4 gives out what layer 3 does, having used its own rightly."""
+    for kind in kinds:
+        name = f"present.4.{kind}"
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [f"{name}/own" if each == name else each for each in names]
+        model.graph.node.append(helper.make_node("Identity", [f"present.3.{kind}"], [name]))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [(["key", "value"], "layer 4 finds what layer 3 left"), (["value"], "layer 4 finds the values of layer 3")],
+)
+def test_a_layer_that_gives_what_another_one_does_is_told_by_what_it_gives(subject, tmp_path, kinds, said):
+    path = tmp_path / "model.onnx"
+    write_faulty(subject.compared.checkpoint, path, edit=partial(give_layer_3_as_4, kinds))
+    explained = driven(subject, subject.compared.open(path))
+    assert explained.before > 3 * subject.bound
+    best = explained.tried(cache_layer_order)[0]
+    assert (best.mistakes[0].parameters, best.mistakes[0].layers) == ({"order": said}, frozenset({4}))
+    assert explained.is_reproduced(best)
+
+
+def test_a_layer_that_may_find_its_neighbours_cache_is_tried_where_nobody_shows_it(subject):
+    evidence = replace(evidence_with_cache(subject), suspects=(frozenset({4}),))
+    said = [each.parameters["order"] for each in cache_layer_order(evidence)]
+    assert "layer 4 finds what layer 3 left" in said
+    assert "layer 4 finds what layer 5 left" in said
 
 
 def read_past_in_float16(model: onnx.ModelProto) -> None:

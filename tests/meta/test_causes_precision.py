@@ -72,3 +72,18 @@ def test_every_unit_has_the_arithmetic_that_its_cause_names(subject):
     units = [unit for cause in CAUSES for unit in cause(Evidence(subject.compared.checkpoint.config))]
     assert [unit.arithmetic.name for unit in units[:2]] == ["float16", "bfloat16"]
     assert [unit.arithmetic.block for unit in units[2:]] == [unit.parameters["group"] for unit in units[2:]]
+
+
+@pytest.mark.parametrize(
+    ("is_plain", "narrow", "is_named"), [(True, False, False), (True, True, True), (False, False, True)]
+)
+def test_the_plain_cpu_computes_in_narrow_floats_only_where_the_graph_says_so(subject, is_plain, narrow, is_named):
+    constants = {"narrow_floats": (True,)} if narrow else {}
+    evidence = Evidence(subject.compared.checkpoint.config, is_plain=is_plain, constants=constants)
+    found = {unit.cause for cause in CAUSES for unit in cause(evidence)} - {"activations-quantized"}
+    assert found == ({"arithmetic-float16", "arithmetic-bfloat16"} if is_named else set())
+
+
+def test_where_every_layer_is_right_nothing_is_computed_more_coarsely(subject):
+    evidence = Evidence(subject.compared.checkpoint.config, is_outside_layers=True)
+    assert [unit for cause in CAUSES for unit in cause(evidence)] == []

@@ -19,7 +19,7 @@ from verify.causes.catalogue import name_of
 from verify.causes.driver import bos_doubled, bos_missing, mask_length, repetition_penalty
 from verify.causes.rope import position_offset, rope_theta
 from verify.check import judge_trace
-from verify.diagnose_trace import diagnose_trace
+from verify.diagnose_trace import OWN, diagnose_trace
 from verify.expect import EXACT
 from verify.naming.as_if import Passes, run_as_if
 from verify.naming.counterfactual import Counterfactual
@@ -127,6 +127,16 @@ def test_too_few_tokens_are_no_ground_for_a_name(weights, prompts):
     assert "fewer than 4 tokens differ" in found.notes[0]
 
 
+@pytest.mark.parametrize("wrong", [np.nan, -np.inf])
+def test_no_cause_is_tried_on_logits_that_are_not_finite(weights, prompts, wrong):
+    trace = kept(decoded(weights, prompts, []), "logits")
+    logits = [logits_TV.copy() for logits_TV in trace.logits]
+    logits[1][2, 7] = wrong
+    found = diagnosed(replace(trace, logits=logits))
+    assert (found.status, found.causes) == ("unexplained", ())
+    assert found.untried.startswith("logits are NaN or infinite from row 1, step 2 on")
+
+
 @pytest.mark.parametrize("what", ["tokens", "logits"])
 def test_a_mistake_of_the_model_is_not_taken_for_one_of_the_loop(weights, prompts, what):
     trace = kept(decoded(weights, prompts, [next(iter(rope_theta(EVIDENCE)))]), what)
@@ -153,6 +163,23 @@ def test_logits_before_the_penalty_leave_the_tokens_to_tell_of_it(weights, promp
     found = diagnosed(raw)
     assert (found.status, found.causes[0].name) == ("named", "repetition-penalty")
     assert found.causes[0].parameters["least"] <= 1.1 <= found.causes[0].parameters["most"]
+
+
+@pytest.mark.parametrize("what", ["logits", "logprobs"])
+def test_two_mistakes_of_a_loop_are_named_together(weights, prompts, what):
+    both = [of(bos_doubled), of(repetition_penalty, repetition_penalty=1.2)]
+    found = diagnosed(kept(decoded(weights, prompts, both), what))
+    assert (found.status, [each.name for each in found.causes[:2]]) == ("named", ["bos-doubled", "repetition-penalty"])
+    assert all(each.status == "ruled-out" for each in found.causes[2:])
+    assert found.causes[1].parameters["repetition_penalty"] == 1.2
+
+
+def test_tokens_that_were_sampled_are_told_from_a_model_that_is_wrong(weights, prompts):
+    right = decoded(weights, prompts, [])
+    second = [[int(np.argsort(-logits_V)[1]) for logits_V in logits_TV] for logits_TV in right.logits]
+    rows = run_as_if(weights, passes_of(prompts, second), ())
+    found = diagnosed(Trace(prompts, second, [logits_PV[-NEW:] for logits_PV in rows]))
+    assert (found.status, found.notes[0]) == ("unexplained", OWN)
 
 
 def test_an_ignored_end_token_is_named_though_every_token_is_right(weights, prompts):

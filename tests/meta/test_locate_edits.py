@@ -13,6 +13,7 @@ from refengine.tokenizer import encode_prompt, load_tokenizer
 from tests.meta.test_locate import FIXTURES, LAYER, STEPS, TEXTS
 from tests.verify.comparing import Compared
 from tests.verify.seen import Seen
+from verify.export import export_decoder
 
 pytestmark = pytest.mark.slow
 
@@ -108,6 +109,14 @@ def scale(tensor: str) -> Edit:
     return edit
 
 
+def cap_positions(model: onnx.ModelProto) -> None:
+    """No token stands behind the first few."""
+    place, reader = next(each for each in enumerate(model.graph.node) if "position_ids" in each[1].input)
+    reader.input[0] = "capped"
+    model.graph.initializer.append(numpy_helper.from_array(np.array(3), "last"))
+    model.graph.node.insert(place, helper.make_node("Min", ["position_ids", "last"], ["capped"], name="capping"))
+
+
 FIRST_SUM = "add_594"  # behind the first layer, as dynamo calls it
 IN_LAYER = f"/model/layers.{LAYER}"
 EDITS = {
@@ -151,6 +160,11 @@ EDITS = {
         columns_lost(f"model.layers.{LAYER}.attn.qkv_proj.MatMul.weight", slice(96, 128)),
         (LAYER, "self_attn.k_proj", f"{IN_LAYER}/attn/qkv_proj/MatMul"),
     ),
+    "positions that end": (
+        "dynamo",
+        cap_positions,
+        (0, "self_attn.q_rope", "capping"),
+    ),
     "a past that is rounded": (
         "dynamo",
         round_past(f"past_key_values.{LAYER}.value"),
@@ -177,3 +191,39 @@ def test_heads_that_have_changed_places_are_told_apart(compared, tmp_path, order
 
     first = Seen(compared, edited("optimum-no-past", tmp_path / "model.onnx", reorder)).located().first
     assert (first.layer, first.node, first.order) == (LAYER, "reordered", order)
+
+
+def test_a_mask_that_leaves_the_past_out_is_wrong_where_new_tokens_are_counted(compared, tmp_path):
+    export_decoder(compared.checkpoint, tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    mask = "/model/attention_mask"
+    counts = node_of(model, f"{mask}/Range_1")
+    counts.input[:2] = [f"{mask}/zero", node_of(model, f"{mask}/Gather").output[0]]
+    onnx.save(model, tmp_path / "faulty.onnx")
+    first = Seen(compared, tmp_path / "faulty.onnx").located().first
+    assert (first.point, first.node, first.phase) == ("self_attn.attend", counts.name, "decode step 1")
+
+
+def test_a_provider_that_has_no_tensors_of_sizes_is_looked_into_without_them(compared, tmp_path):
+    keys = f"{IN_LAYER}/self_attn/k_proj/MatMul_output_0"
+
+    def biased(model: onnx.ModelProto) -> None:
+        place, reader = next(each for each in enumerate(model.graph.node) if keys in each[1].input)
+        reader.input[0] = "biased"
+        model.graph.initializer.append(numpy_helper.from_array(np.full(32, 0.01, np.float32), "bias"))
+        model.graph.node.insert(place, helper.make_node("Add", [keys, "bias"], ["biased"], name="biasing"))
+
+    first = Seen(compared, edited("optimum", tmp_path / "model.onnx", biased), "ort-openvino").located().first
+    assert (first.untraced, first.layer, first.node) == (None, LAYER, "biasing")
+
+
+def test_a_node_that_leaves_what_it_reads_as_it_is_is_no_fault_of_who_runs_it(compared, tmp_path):
+    """The sum with an epsilon of nothing is what it should be but for noise; what is made of it is not."""
+
+    def lessened(model: onnx.ModelProto) -> None:
+        name = node_of(model, "/model/norm/Add").input[1]
+        constant = next(node for node in model.graph.node if name in node.output)
+        constant.attribute[0].t.CopyFrom(numpy_helper.from_array(np.array(1e-6, np.float32)))
+
+    first = Seen(compared, edited("optimum", tmp_path / "model.onnx", lessened)).located().first
+    assert (first.point, first.replays in (None, ())) == ("norm", True)

@@ -15,6 +15,7 @@ REPORT: Mapping[str, Any] = {
     "location": (NOTHING, dict),
     "diagnosis": str,
     "causes": list,
+    "diagnosis_notes": list,
     "not_revealed": list,
     "notes": list,
     "prompts": int,

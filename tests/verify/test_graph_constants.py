@@ -148,3 +148,25 @@ def test_what_cos_and_sin_are_multiplied_by_is_found_in_tables_and_behind_them(e
     found = graph_constants(tmp_path / "model.onnx", LLAMA)["attention_factor"]
     assert {constant.value for constant in found} == {1.5}
     assert layers_of(found) == set(range(LLAMA.num_hidden_layers))
+
+
+@pytest.mark.parametrize(
+    ("name", "has_any"),
+    [
+        ("optimum/model.onnx", False),
+        ("genai-int4/model.onnx", False),
+        ("genai-fp16/model.onnx", True),
+        ("optimum-intel/openvino_model.xml", True),  # the runtime chooses
+    ],
+)
+def test_floats_narrower_than_32_bits_are_told(name, has_any):
+    assert ("narrow_floats" in graph_constants(FIXTURES / "exports" / name, EXPORTS.get(name, LLAMA))) == has_any
+
+
+def test_a_cast_to_a_narrow_float_is_told(tmp_path):
+    model = onnx.load(FIXTURES / "exports" / "optimum" / "model.onnx")
+    given = model.graph.node[-1].output[0]
+    cast = [("Cast", [given], ["narrow"], {"to": 10}), ("Cast", ["narrow"], ["wide"], {"to": 1})]
+    model.graph.node.extend([onnx.helper.make_node(kind, *names, **to) for kind, *names, to in cast])
+    onnx.save(model, tmp_path / "model.onnx")
+    assert "narrow_floats" in graph_constants(tmp_path / "model.onnx", LLAMA)

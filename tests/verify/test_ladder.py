@@ -16,7 +16,7 @@ from verify.candidates.files import describe_candidate
 from verify.drive import run_candidate
 from verify.expect import EXACT, Expectation, expectations
 from verify.export import export_decoder
-from verify.locating.ladder import Rung, blamed, ladder
+from verify.locating.ladder import Rung, blamed, is_of_plain_graph, ladder
 from verify.naming.as_if import Passes
 from verify.own_weights import read_weights
 from verify.truth.reference import Reference
@@ -126,3 +126,17 @@ def test_a_provider_of_which_nothing_is_asked_has_no_rung_of_precision(compared,
     assert names(climbed(compared, compared.open(right, "ort-openvino"))) == [
         *("tokens", "export", "optimizer", "provider", "driver")
     ]
+
+
+@pytest.mark.parametrize(
+    ("rung", "is_it"),
+    [
+        (Rung("export", 900.0, True, distance=1.9), True),
+        (Rung("export", 900.0, True, distance=300.0), False),  # something else is wrong too, further up
+        (Rung("export", 1.0, False, distance=1.9), False),
+        (Rung("provider", 900.0, True, distance=1.9), False),
+        (Rung("export", None, False, "it could not be run"), False),
+    ],
+)
+def test_a_run_is_that_of_the_plain_graph_where_nothing_behind_it_adds_anything(rung, is_it):
+    assert is_of_plain_graph([Rung("tokens", 0.0, False), rung], bound=2.0) == is_it

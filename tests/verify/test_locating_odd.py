@@ -1,20 +1,33 @@
 """Graphs that are hard to read: without names, with functions of their own, or with branches in a layer."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from onnx import helper
 
 from tests.verify.caused import small_model
-from tests.verify.comparing import Compared
+from tests.verify.comparing import Compared, Here
 from tests.verify.faulty import only_in, write_faulty
 from tests.verify.seen import Seen
+from verify.errors import NoVerdict
 from verify.export.modules import MODULES
 from verify.locate import said_of_trace
 
 LAYER = 1
+
+
+class Fragile(Here):
+    """A candidate whose process ends as soon as it is asked for what is inside an activation."""
+
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        names = [name for argument in arguments if isinstance(argument, list) for name in argument]
+        if any("mlp/activation/" in str(name) for name in names):
+            raise NoVerdict("its process was ended by signal 11 (SIGSEGV)")
+        return super().apply(function, *arguments)
 
 
 def gate_for_up(at, gate_BTF, up_BTF):
@@ -85,6 +98,18 @@ def test_a_run_that_is_another_when_it_is_traced_is_said_to_be_so(compared, faul
     assert said_of_trace(one, one, compared.reference, (0, 1)) == ()
     (said,) = said_of_trace(one, other, compared.reference, (0, 1))
     assert said.startswith("with the residual stream among its results the run is another one")
+
+
+def test_a_part_that_cannot_be_looked_into_is_the_place_and_why_is_said(compared, faulty):
+    seen = Seen(compared, faulty)
+    seen.candidate = Fragile(compared.open(faulty))
+    located = seen.located()
+    first = located.first
+    assert (first.layer, first.node, located.shown) == (LAYER, None, None)
+    assert first.point.startswith("mlp")
+    why = "its process was ended by signal 11 (SIGSEGV)"
+    assert first.untraced == why
+    assert located.notes == (f"the inside of this part could not be looked at: {why}",)
 
 
 def test_functions_of_a_model_are_looked_into(compared, faulty, tmp_path):

@@ -28,9 +28,9 @@ def compared() -> Compared:
     return Compared(open_checkpoint(MODEL), [encode_prompt(tokenizer, TEXTS[1], chat=False)[:12]], 3)
 
 
-def plant(graph: GraphProto) -> None:
+def plant(graph: GraphProto, name: str = NODE) -> None:
     """Makes the result of one node a hundredth larger."""
-    place, node = next((place, node) for place, node in enumerate(graph.node) if node.name == NODE)
+    place, node = next((place, node) for place, node in enumerate(graph.node) if node.name == name)
     given = node.output[0]
     node.output[0] = "inside"
     graph.initializer.append(numpy_helper.from_array(np.array(1.01, np.float32), "factor"))
@@ -85,6 +85,17 @@ def test_a_mistake_in_the_later_graph_alone_is_found_in_the_first_step(compared,
     located = Seen(compared, AFTER_THE_PROMPTS[kind](tmp_path)).located()
     assert (located.first.layer, located.first.node, located.layers) == (LAYER, "planted", (LAYER,))
     assert located.first.phase == "decode step 1"
+
+
+def test_a_mistake_in_the_attention_of_the_later_file_alone_is_found_though_the_first_has_no_past(compared, tmp_path):
+    path, later = two_files(tmp_path), onnx.load(LEGACY / LATER)
+    plant(later.graph, f"/model/layers.{LAYER}/self_attn/Softmax")
+    onnx.save(later, tmp_path / LATER)
+    first = Seen(compared, path).located().first
+    assert (first.untraced, first.point, first.node, first.phase) == (
+        *(None, "self_attn.attend", "planted"),
+        "decode step 1",
+    )
 
 
 @pytest.mark.parametrize("path", [FIRST, MERGED])

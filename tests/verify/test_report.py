@@ -13,12 +13,15 @@ from tests.verify.fields import check_fields
 from verify.report.as_json import as_json
 from verify.report.console import print_facts, print_report
 from verify.report.result import (
+    CauseFound,
     Cell,
+    Diagnosis,
     Exported,
     FirstMismatch,
     Model,
     NoiseRatio,
     Report,
+    Residual,
     Seconds,
     Tokens,
     Worst,
@@ -149,6 +152,22 @@ def test_a_reason_that_one_run_had_no_verdict_is_not_the_cause_of_another_runs_m
     shown = report(without_verdict("not installed", "ort-cpu"), cell(verdict="mismatch", first=FLIP))
     assert "not installed" not in first_lines(shown)[1]
     assert "ort-cpu, cache off: not installed" in printed(shown)
+
+
+def test_why_no_cause_could_be_tried_is_the_cause_and_said_once():
+    why = "logits are NaN or infinite from row 0, position 3 on"
+    drift = report(cell(verdict="drift"), diagnosed=Diagnosis("unexplained", notes=(why, "and more"), untried=why))
+    assert first_lines(drift)[1] == f"cause: not known: {why}"
+    assert printed(drift).count(why) == 1
+    assert json.loads(as_json(drift))["diagnosis_notes"] == [why, "and more"]
+    assert "and more" in printed(drift)
+
+
+@pytest.mark.parametrize("left", [math.nan, math.inf, 99.0])
+def test_what_leaves_all_or_what_is_not_a_number_is_no_hint(left):
+    tried = (CauseFound("bos-missing", {}, None, Residual(99.0, left), "ruled-out"),)
+    drift = report(cell(verdict="drift"), diagnosed=Diagnosis("unexplained", tried))
+    assert first_lines(drift)[1] == "cause: not known: no cause of the catalogue explains a tenth of it"
 
 
 def test_the_first_mismatch_is_shown_with_its_place_and_margin():

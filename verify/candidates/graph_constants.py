@@ -36,7 +36,7 @@ def graph_constants(path: Path, config: Config) -> dict[str, tuple[Constant, ...
         `rms_norm_eps`; `inv_freq`, the head_dim / 2 rotary frequencies, read or computed back from tables;
         `attention_factor` of cos and sin; `rope_table_length`;
         `rotary_interleaved`; `do_rotary`; `scale` of scores; `softcap`, 0 for none; `window`, in
-        which age < window. What is not found is left out.
+        which age < window; `narrow_floats`, where it may have any. What is not found is left out.
 
     Raises:
         InputError: the export cannot be read.
@@ -266,6 +266,11 @@ def _windows(graph: _Graph) -> Iterator[Constant]:
                 yield graph.constant(int(number) + (ORDERS[operator.kind] if each is operator else 0), place)
 
 
+def _narrow_floats(graph: _Graph) -> Iterator[Constant]:
+    if graph.operators.has_narrow_floats:
+        yield Constant(True)
+
+
 READERS: Mapping[str, Callable[[_Graph], Iterator[Constant]]] = {
     "rms_norm_eps": _eps,
     "inv_freq": _inv_freq,
@@ -276,4 +281,5 @@ READERS: Mapping[str, Callable[[_Graph], Iterator[Constant]]] = {
     "scale": _scale,
     "softcap": _softcap,
     "window": _windows,
+    "narrow_floats": _narrow_floats,
 }

@@ -32,6 +32,7 @@ from verify.interface import Declared
 if TYPE_CHECKING:
     import onnx
 
+CANDIDATES = "an .onnx file, OpenVINO's .xml, or a directory that holds one"
 FOLDERS = ("", "onnx/")  # the second is where onnx-community keeps every precision of a model
 USUAL_PLACES = tuple(
     f"{folder}{name}.onnx" for name in ("model", "decoder_model_merged", "decoder_model") for folder in FOLDERS
@@ -103,11 +104,12 @@ def find_onnx(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file or directory; expected an .onnx file or a directory with one")
+        raise InputError(f"{path}: no such file or directory; expected {CANDIDATES}")
     if path.is_file():
         if path.suffix != ".onnx":
-            instead = "; an OpenVINO IR is run by --runtime openvino" if path.suffix == ".xml" else ""
-            raise InputError(f"{path}: expected an .onnx file, found one called {path.name}{instead}")
+            is_ir = path.suffix == ".xml"
+            expected = "an .onnx file, as an OpenVINO IR is run by --runtime openvino" if is_ir else CANDIDATES
+            raise InputError(f"{path}: expected {expected}; found one called {path.name}")
         return _first_half(path)
     places = [path / place for place in (*_decoder_of_genai_config(path), *USUAL_PLACES)]
     usual = next((place for place in places if place.is_file()), None)
@@ -122,7 +124,8 @@ def _only_one(directory: Path) -> Path:
         raise InputError(f"{directory}: found {names} and no model.onnx; give the path of one of them")
     if not found:
         raise InputError(
-            f"{directory}: no model.onnx, no onnx/model.onnx and no {GENAI_CONFIG}; expected an exported ONNX model"
+            f"{directory}: no model.onnx, no onnx/model.onnx, no openvino_model.xml and no {GENAI_CONFIG}; "
+            "expected the directory of an export, or the path of a file in it"
         )
     return found.pop()
 
@@ -216,7 +219,7 @@ def _decoder_of_genai_config(directory: Path) -> list[str]:
             "directory; expected a plain file name"
         )
     if not (directory / filename).is_file():
-        raise InputError(f"{directory / filename}: no such file, although {file.name} names it")
+        raise InputError(f"{directory / filename}: no such file, although {file.name} names it; copy it there")
     return [filename]
 
 

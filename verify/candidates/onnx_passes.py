@@ -41,6 +41,10 @@ class PassGraph:
         """Whether a tensor, as `flow` names it, may be in this graph."""
         return name.startswith(LATER) is self.is_later or name in self._at_borders
 
+    def gives(self, name: str) -> bool:
+        """Whether an input or output is one of this graph: one that reads prompts may take no past."""
+        return name in self._at_borders
+
     def own(self, name: str) -> str:
         """A tensor as this graph names it."""
         return name.removeprefix(LATER) if self.is_later else name

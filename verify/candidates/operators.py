@@ -33,6 +33,8 @@ NAMES_OF_IR: Mapping[str, str] = {  # what OpenVINO calls otherwise than ONNX
     "Subtract": "Sub",
 }
 OPTIONAL_VALUES = ("value_float", "value_int")  # of Constant, in place of a tensor
+TYPE_ATTRIBUTES = ("to", "dtype")  # of what an operator gives
+NARROW_FLOATS = (10, 16, 17, 18, 19, 20, 23, 24, 27, 28)  # ONNX's numbers of float16, bfloat16, and narrower ones
 RESHAPED = ("Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape")
 TEXT = "OSU"  # NumPy's kinds of it
 DEEPEST = 8  # operators between a number and the constants that it is made of
@@ -67,11 +69,13 @@ class Operators:
         listed: the operators.
         shapes: of the constants, by name.
         read: a constant's numbers.
+        has_narrow_floats: some number that it says the type of is a float of less than 32 bits, or may be.
     """
 
     listed: Sequence[Operator]
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
+    has_narrow_floats: bool
 
     @cached_property
     def makers(self) -> Mapping[str, int]:
@@ -160,7 +164,9 @@ def _graph(graph: "GraphProto", tensors: Mapping[str, "TensorProto"], directory:
     def read(name: str) -> np.ndarray:
         return given[name] if name in given else numbers_of(tensors[name], directory)
 
-    return Operators(listed, shapes, read)
+    types = {tensor.data_type for tensor in tensors.values()}
+    types |= {int(each.attributes.get(name, 0)) for each in listed for name in TYPE_ATTRIBUTES}
+    return Operators(listed, shapes, read, not types.isdisjoint(NARROW_FLOATS))
 
 
 def _numbers_of(node: "NodeProto") -> dict[str, float]:
@@ -183,4 +189,5 @@ def _of_ir(path: Path) -> Operators:
     ]
     readable = {**PLAIN, **CODES}
     shapes = {number: each.shape for number, each in graph.constants.items() if each.dtype in readable}
-    return Operators(listed, shapes, lambda number: graph.constants[number].read())
+    # What an IR computes in is what the runtime chooses.
+    return Operators(listed, shapes, lambda number: graph.constants[number].read(), has_narrow_floats=True)

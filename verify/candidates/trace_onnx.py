@@ -51,7 +51,7 @@ def trace_onnx(
     twins = _twins(graphs) if use_cache else {}
     asked = [*taps, *sums]
     asked += [twins[name] for name in asked if name in twins]
-    looked_at = [_Looked(graph, [name for name in [*asked, *given] if graph.has(name)]) for graph in graphs]
+    looked_at = [_Looked(graph, [*filter(graph.has, asked), *filter(graph.gives, given)]) for graph in graphs]
     with tempfile.TemporaryDirectory(prefix="verify-trace-") as directory:
         sources = [
             _copy(graph, [name for name in asked if graph.has(name) and name not in sums], sums, Path(directory))

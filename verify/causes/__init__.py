@@ -27,7 +27,10 @@ class Evidence:
         batches: how many of them came one after another.
         suspects: sets of layers that the mistake may be in, None for all of them; the likeliest first.
         constants: numbers read from the export's graph, by what they are: "rms_norm_eps", "inv_freq", "scale", ...;
-            and "head_order", whose values each head of the traced attention has.
+            "head_order", whose values each head of the traced attention has; "cache_sources", of which layer the keys
+            or values are that another one gives, as `misplaced` finds them; "narrow_floats", if there are any.
+        is_plain: the plain CPU, which computes what the graph says, gives the very run with nothing optimised.
+        is_outside_layers: each layer is right by itself, and what is before or behind them is not.
         is_our_loop: the run was decoded by this project's own loop, which makes none of the mistakes of loops.
         own: the checkpoint as the export holds it; None where its weights could not be read.
     """
@@ -39,6 +42,8 @@ class Evidence:
     batches: int = 1
     suspects: tuple[Layers, ...] = (None,)
     constants: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    is_plain: bool = False
+    is_outside_layers: bool = False
     is_our_loop: bool = True
     own: ExportedCheckpoint | None = None
 

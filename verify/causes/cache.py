@@ -22,7 +22,7 @@ from verify.causes.slots import (
     kept,
     keys_first_read_as_pairs,
     newest_alone,
-    pairs_of_layers,
+    of_other_layers,
     pairs_read_as_keys_first,
     seeing,
     seeing_zeros,
@@ -74,7 +74,8 @@ def cache_layer_order(evidence: Evidence) -> Iterator[Counterfactual | Family]:
         another layer's.
     Why: names were sorted as text, so that present.10 comes before present.2; or a list with all keys first was read as
         one in which each layer's keys and values are neighbours, or the other way round.
-    Test: the reference with the layers of its cache in that order after every pass.
+    Test: the reference with the layers of its cache in that order after every pass; or with that layer's which the
+        keys and values that are given for the prompts are, or a neighbour's.
     Fix: match past_key_values and present by name, or sort them by the number of the layer.
     Source: nntrainer issue 4233.
     """
@@ -91,17 +92,9 @@ def cache_layer_order(evidence: Evidence) -> Iterator[Counterfactual | Family]:
         orders["pairs, read as keys first"] = pairs_read_as_keys_first
         orders["last layer first"] = partial(from_layers, list(range(layers))[::-1])
     for order, ordered in orders.items():
-        yield handed("cache-layer-order", {"order": order}, None, each_time(ordered))
-    for pair in pairs_of_layers(evidence):
-        one, other = pair
-        order_L = list(range(layers))
-        order_L[one], order_L[other] = other, one
-        yield handed(
-            "cache-layer-order",
-            {"order": f"layers {one} and {other} exchanged"},
-            frozenset(pair),
-            each_time(partial(from_layers, order_L)),
-        )
+        yield handed("cache-layer-order", {"order": order}, None, each_time(ordered), mixes_layers=True)
+    for said, mistaken, found in of_other_layers(evidence):
+        yield handed("cache-layer-order", said, mistaken, each_time(found), mixes_layers=True)
 
 
 def cache_before_rope(evidence: Evidence) -> Iterator[Counterfactual | Family]:

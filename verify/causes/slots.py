@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -33,11 +34,50 @@ def pairs_of_layers(evidence: Evidence) -> Iterator[tuple[int, int]]:
     return (pair for pair in dict.fromkeys(pairs) if pair[0] >= 0 and pair[1] <= last)
 
 
+def of_other_layers(
+    evidence: Evidence,
+) -> Iterator[tuple[Mapping[str, object], frozenset[int], Callable[[Pasts], Pasts]]]:
+    """Layers that find what others have left, as values tell it; two each other's; a suspected one its neighbour's.
+
+    Yields: parameters as a report prints them, the layers, and what is found.
+    """
+    sources: dict[str, dict[int, int]] = {"k_cache": {}, "v_cache": {}}
+    for kind, layer, source in evidence.constants.get("cache_sources", ()):
+        sources[kind][layer] = source
+    keys, values = sources.values()
+    if found := frozenset([*keys, *values]):
+        yield {"order": ", ".join(_found_by(sorted(found), keys, values))}, found, partial(from_sources, keys, values)
+    for one, other in pairs_of_layers(evidence):
+        both = {one: other, other: one}
+        yield {"order": f"layers {one} and {other} exchanged"}, frozenset(both), partial(from_sources, both, both)
+    for layer in (min(layers) for layers in evidence.suspects if layers is not None and len(layers) == 1):
+        for other in (layer - 1, layer + 1):
+            if 0 <= other < evidence.config.num_hidden_layers:
+                beside = {layer: other}
+                said = ", ".join(_found_by([layer], beside, beside))
+                yield {"order": said}, frozenset(beside), partial(from_sources, beside, beside)
+
+
+def _found_by(layers: Sequence[int], keys: Mapping[int, int], values: Mapping[int, int]) -> Iterator[str]:
+    """Whose keys and values layers find, in words."""
+    for layer in layers:
+        if keys.get(layer) == values.get(layer):
+            yield f"layer {layer} finds what layer {keys[layer]} left"
+        else:
+            kinds = (("keys", keys), ("values", values))
+            yield from (f"layer {layer} finds the {kind} of layer {of[layer]}" for kind, of in kinds if layer in of)
+
+
 def handed(
-    cause: str, parameters: Mapping[str, object], layers: Layers, cache: Callable[[Pasts, int], Pasts]
+    cause: str,
+    parameters: Mapping[str, object],
+    layers: Layers,
+    cache: Callable[[Pasts, int], Pasts],
+    *,
+    mixes_layers: bool = False,
 ) -> Counterfactual:
     """A mistake in what one pass hands to the next."""
-    return Counterfactual(cause, parameters, layers, cache=cache, is_causal=False)
+    return Counterfactual(cause, parameters, layers, cache=cache, mixes_layers=mixes_layers, is_causal=False)
 
 
 def in_narrow_floats(dtype: type, pasts: Pasts) -> Pasts:
@@ -57,6 +97,14 @@ def swapped(pasts: Pasts, step: int) -> Pasts:
 def from_layers(order_L: Sequence[int], pasts: Pasts) -> Pasts:
     """Each layer finds what this one has left."""
     return [pasts[layer] for layer in order_L]
+
+
+def from_sources(keys: Mapping[int, int], values: Mapping[int, int], pasts: Pasts) -> Pasts:
+    """These layers find the keys, and these the values, that another one has left."""
+    return [
+        replace(past, k_BKSH=pasts[keys.get(layer, layer)].k_BKSH, v_BKSH=pasts[values.get(layer, layer)].v_BKSH)
+        for layer, past in enumerate(pasts)
+    ]
 
 
 def keys_first_read_as_pairs(pasts: Pasts) -> Pasts:

@@ -1,5 +1,6 @@
 """Where a candidate's keys and values leave the noise: taps that a run with a cache gives for nothing."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,31 @@ def suspects(run: CandidateRun, reference: ReferenceRun) -> Suspects:
         singles, in_all = (*before, *here), first <= 1
     found = _singles(singles)
     return (None, *found) if in_all else (*found, None)
+
+
+def misplaced(run: CandidateRun, reference: ReferenceRun) -> tuple[tuple[str, int, int], ...]:
+    """Keys and values that are another layer's in the prompts, where whoever hands them on leaves them right.
+
+    Returns:
+        "k_cache" or "v_cache", the layer that gives them, and the layer whose they are.
+    """
+    prompt_P = np.concatenate(
+        [np.arange(length) < len(prompt) for length, prompt in zip(reference.lengths, reference.prompts, strict=True)]
+    )
+
+    def is_that_of(given_PX: np.ndarray, point: str) -> bool:
+        right = reference.caches[point]
+        error_P = rms(given_PX[prompt_P] - right.value64_PX[prompt_P], axis=-1)
+        return bool((error_P <= right.noise.position_bound * right.noise.rms_P[prompt_P]).all())
+
+    found = []
+    for tap in free_taps(run, reference, head_dim=1):
+        given_PX, kind = np.concatenate(run.caches[tap.point]), tap.point.rpartition(".")[2]
+        if not tap.is_beyond or is_that_of(given_PX, tap.point):
+            continue
+        others = (point for point in reference.caches if point.endswith(kind) and is_that_of(given_PX, point))
+        found += [(kind, tap.layer, layer_of(point)) for point in itertools.islice(others, 1)]
+    return tuple(found)
 
 
 def layer_of(point: str) -> int:

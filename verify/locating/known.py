@@ -172,7 +172,7 @@ def values_of_rotation(
 
 
 def values_of_table(config: Config, positions_BT: np.ndarray, cos_BTP: np.ndarray, sin_BTP: np.ndarray) -> list[Value]:
-    """Of the rotary table: angles, and cos and sin, once for each pair of dimensions or twice."""
+    """Of the rotary table: frequencies, angles, and cos and sin, once for each pair of dimensions or twice."""
     longest = config.max_position_embeddings
     inv_freq_P, _ = rope_inverse_frequencies(
         config.rope_parameters, config.head_dim, longest, int(positions_BT.max()) + 1
@@ -181,6 +181,7 @@ def values_of_table(config: Config, positions_BT: np.ndarray, cos_BTP: np.ndarra
     pairs = [angles_BTP, np.cos(angles_BTP), np.sin(angles_BTP), cos_BTP, sin_BTP]
     return [
         Value("rope", False, "BT", positions_BT.astype(cos_BTP.dtype)),
+        Value("rope", False, "BTP", np.tile(inv_freq_P.astype(cos_BTP.dtype), (len(positions_BT), 1, 1))),
         *(Value("rope", False, "BTP", array) for array in pairs),
         *(Value("rope", False, "BTH", np.concatenate([array, array], axis=-1)) for array in pairs),
     ]

@@ -110,6 +110,16 @@ def blamed(rungs: Sequence[Rung]) -> Name | None:
     return first.name if first is not None and first.is_wrong else None
 
 
+def is_of_plain_graph(rungs: Sequence[Rung], bound: float) -> bool:
+    """Whether the plain CPU, with nothing optimised, gives the very run: but for the noise of both of them.
+
+    Args:
+        bound: on the noise ratio of what is honest.
+    """
+    found = [rung.distance for rung in rungs if rung.name == "export" and rung.is_wrong]
+    return any(distance is not None and distance <= 2 * bound for distance in found)
+
+
 def _believed(rungs: Sequence[Rung]) -> Iterator[Rung]:
     """The rungs, without an account of the weights that the export, as it runs, shows to be mistaken."""
     for rung, behind in zip(rungs, [*rungs[1:], None], strict=True):

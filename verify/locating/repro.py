@@ -1,5 +1,6 @@
 """The smallest graph that shows a mistake, for a bug report: a few nodes, what they are fed, what is right."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ import numpy as np
 
 from refengine.errors import InputError
 from verify.contestant import Contestant
+from verify.files import replacing
 from verify.locating.flow import Flow
 from verify.locating.insight import insight_into
 from verify.locating.walk import Shown
+
+SCRIPT = "repro.py"
 
 
 def whole_part(flow: Flow, places: Sequence[int], name: str, right: Mapping[str, np.ndarray]) -> Shown:
@@ -27,6 +31,19 @@ def whole_part(flow: Flow, places: Sequence[int], name: str, right: Mapping[str,
     read = {each for node in nodes for each in node.inputs} - set(made)
     fed = {each: right[each] for each in sorted(read) if each in right}
     return Shown(name, made, fed, right[name].astype(np.float64), np.ones(right[name].shape, bool))
+
+
+def check_repro_place(directory: Path) -> None:
+    """Raises InputError when nothing can be written there, or what is there is not of an earlier such graph."""
+    above = next(each for each in (directory, *directory.absolute().parents) if each.exists())
+    if not above.is_dir():
+        raise InputError(f"{directory}: expected a new or empty directory, found the file {above}; choose another name")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"{directory}: {above} cannot be written to; choose another place")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / SCRIPT).is_file():
+        raise InputError(
+            f"{directory}: expected a new or empty directory, found other files there; choose another name"
+        )
 
 
 def write_repro(contestant: Contestant, shown: Shown, directory: Path, provider: str) -> None:
@@ -50,9 +67,11 @@ def write_repro(contestant: Contestant, shown: Shown, directory: Path, provider:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            (directory / name).write_bytes(content)
-        with (directory / "arrays.npz").open("wb") as file:
+            with replacing(directory / name) as unfinished:
+                unfinished.write_bytes(content)
+        with replacing(directory / "arrays.npz") as unfinished, unfinished.open("wb") as file:
             np.savez(file, **arrays)
-        (directory / "repro.py").write_text(script, encoding="utf-8")
+        with replacing(directory / SCRIPT) as unfinished:
+            unfinished.write_text(script, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{directory}: cannot be written ({error.strerror}); choose another place") from error

@@ -1,6 +1,6 @@
 """Inside the part of a model that is wrong: its tensors, from a copy of the graph that gives them, one by one."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -124,13 +124,12 @@ def _inside(tracer: Tracer, arithmetics: Arithmetics, first: Part, traced: Trace
     names = dict.fromkeys(name for node in nodes for name in (*node.inputs, *node.outputs) if name)
     look = partial(_look, tracer, arithmetics, first, start, places, ends)
     try:
-        found, right = look([*names], ())
-        if found is None and flow.fused:
-            found, right = look([*names], flow.fused)
-        if found is not None and (inner := _fused_into(tracer, arithmetics, found.guilty)):
-            closer, _ = look([*names], inner)
-            there = {*inner, *flow.nodes[found.guilty.place].outputs}
-            found = closer if closer is not None and there & set(flow.nodes[closer.guilty.place].outputs) else found
+        try:
+            found, right = _opened(tracer, arithmetics, partial(look, [*names]))
+        except NoVerdict:  # a runtime may have no tensor of sizes that it knows beforehand
+            found, right = _opened(
+                tracer, arithmetics, partial(look, [name for name in names if name not in flow.sizes])
+            )
     except NoVerdict as error:
         return replace(where, untraced=str(error)), None
     if found is None:
@@ -155,6 +154,9 @@ class _Found:
     step: int
 
 
+_Looked = tuple[_Found | None, Mapping[str, np.ndarray] | None]
+
+
 def _look(
     tracer: Tracer,
     arithmetics: Arithmetics,
@@ -164,7 +166,7 @@ def _look(
     ends: Mapping[str, str],
     names: Sequence[str],
     opened: Collection[str],
-) -> tuple[_Found | None, Mapping[str, np.ndarray] | None]:
+) -> _Looked:
     """Walks through a part; of what the runtime fuses, only what is `opened` is looked at, and what is kept.
 
     Where nothing is found, and all that the part is there for is right now: what it gave.
@@ -196,6 +198,19 @@ def _look(
     return None, shown.passes[steps[-1]].arrays if is_right else None
 
 
+def _opened(tracer: Tracer, arithmetics: Arithmetics, look: Callable[[Collection[str]], _Looked]) -> _Looked:
+    """What `look` finds from outside of what the runtime has fused, and then inside the guilty one."""
+    flow = tracer.flow
+    found, right = look(())
+    if found is None and flow.fused:
+        found, right = look(flow.fused)
+    if found is not None and (inner := _fused_into(tracer, arithmetics, found.guilty)):
+        closer, _ = look(inner)
+        there = {*inner, *flow.nodes[found.guilty.place].outputs}
+        found = closer if closer is not None and there & set(flow.nodes[closer.guilty.place].outputs) else found
+    return found, right
+
+
 def _fused_into(tracer: Tracer, arithmetics: Arithmetics, guilty: Guilty) -> set[str]:
     """What the runtime has made one with a node, where it can be looked at by itself.
 
@@ -215,13 +230,13 @@ def _replays(tracer: Tracer, walk: Walk, guilty: Guilty) -> tuple[str, ...] | No
     given = [name for name in node.outputs if name in walk.arrays]
     fed = {name: walk.arrays[name] for name in node.inputs if name in walk.arrays}
     missing = [name for name in node.inputs if name and name not in fed and name not in tracer.flow.constants]
-    if missing or not guilty.inputs_are_right:
+    wrong = [name for name in given if not walk.is_right(name, walk.arrays[name])]
+    if missing or not wrong or not guilty.inputs_are_right:
         return None
     try:
         found = tracer.contestant.apply(tracer.insight.replay, given, fed, given)
     except NoVerdict:
         return None
-    wrong = [name for name in given if not walk.is_right(name, walk.arrays[name])]
     return tuple(who for who, arrays in found.items() if all(walk.is_right(name, arrays[name]) for name in wrong))
 
 

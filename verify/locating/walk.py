@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from verify.locating.flow import OF_SIZES, SHAPING, Flow
+from verify.locating.flow import COUNTING, OF_SIZES, SHAPING, Flow
 from verify.locating.inside import Inside
 from verify.locating.known import LAYOUTS, SIDE_BY_SIDE, UNSCALED, Known, counts_slots, is_mask
 from verify.locating.meaning import Meaning
@@ -65,6 +65,7 @@ class Walk:
                 point = self._of_projections(place, self._meaning.point(place))
                 earlier = self._unknown_beside(place) if point in BESIDE else None
                 earlier = self._idle(place) if earlier is None else earlier
+                earlier = self._miscounted(place) if earlier is None else earlier
                 place, node = (place, node) if earlier is None else (earlier, self.flow.nodes[earlier])
                 judged = [name for name in node.inputs if self._is_made_here(name) and self._status[name] != "no value"]
                 are_right = all(self._status[name] == "right" for name in judged)
@@ -180,6 +181,19 @@ class Walk:
             names = [name for name in self.flow.nodes[maker].inputs if unfinished(name) & same]
             back = maker if names and self.flow.nodes[maker].operator not in SHAPING else back
         return back
+
+    def _miscounted(self, place: int) -> int | None:
+        """Where a mask lets each new token see as if there were no past: the node that counts them from 0."""
+        tokens, slots = self.inside.positions_BT.shape[1], self.inside.positions_BS.shape[1]
+        numbers_T = np.arange(tokens)
+        sees_TS = numbers_T[:, None] >= np.arange(slots)
+        made = [self.arrays[name] for name in self.flow.nodes[place].outputs if name in self.arrays]
+        if tokens == slots or not any(np.array_equal(each.reshape(-1), sees_TS.reshape(-1)) for each in made):
+            return None
+        before = sorted(self.flow.before(self.flow.nodes[place].inputs) & set(self.places))
+        counting = ((one, self.flow.nodes[one]) for one in before if self.flow.nodes[one].operator in COUNTING)
+        given = ((one, self.arrays[name]) for one, node in counting for name in node.outputs if name in self.arrays)
+        return next((one for one, array in given if np.array_equal(array.reshape(-1), numbers_T)), None)
 
     @cached_property
     def _wrong(self) -> set[str]:

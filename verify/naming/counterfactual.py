@@ -84,6 +84,7 @@ class Counterfactual:
         layer: the weights that differ, of a layer.
         weights: what differs in the embedding, the order of layers, the last norm or the head.
         cache: what the layers find in their caches in pass `step`, of what they left there in the pass before.
+        mixes_layers: `cache` gives layers what others have left.
         keeps_rows: the cache is not emptied between two batches of as many rows.
         scheme: how the cache stores vectors; None: as they are.
         fed: what is fed in place of what should be.
@@ -102,6 +103,7 @@ class Counterfactual:
     layer: Callable[[Config, Layer], Layer] = same_layer
     weights: Callable[[Weights], Weights] = unchanged
     cache: Callable[[Pasts, int], Pasts] = same_pasts
+    mixes_layers: bool = False
     keeps_rows: bool = False
     scheme: Scheme | None = None
     fed: Callable[[Fed], Fed] = unchanged

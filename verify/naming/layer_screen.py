@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 
 from refengine.config import Config
-from refengine.kvcache import KVCache
+from refengine.kvcache import NO_CACHE, Cache, KVCache
 from refengine.model import attention, mlp
 from refengine.ops import OPS, Ops
 from refengine.scheme import stored_as
@@ -19,6 +19,7 @@ from verify.locating.flow import Flow
 from verify.locating.introduced import CLEARLY, Part
 from verify.locating.sample import Sample, Streams
 from verify.naming.counterfactual import Counterfactual, Fed, Mistakes, layer_as_if, same_logits, same_pasts, unchanged
+from verify.naming.handed_cache import HandedCache
 from verify.naming.screen import EXPLAINED, PROMISING, Tried, promising, share_at_rest
 from verify.truth.noise import rms
 
@@ -62,9 +63,9 @@ def given_layers(flow: Flow, streams: Streams, parts: Sequence[Part]) -> Iterato
 
 
 def is_of_layers(mistake: Counterfactual) -> bool:
-    """Whether a layer shows it from its own input: not what another pass, layer or batch hands over."""
+    """Whether a layer shows it from its own input: not what another layer or batch hands over."""
     of_runs = mistake.prompt is not unchanged or mistake.logits is not same_logits or mistake.keeps_rows
-    return not of_runs and mistake.cache is same_pasts
+    return not of_runs and not mistake.mixes_layers
 
 
 class LayerScreen:
@@ -105,12 +106,12 @@ class LayerScreen:
         return Tried(mistakes, self._together(left, wrong), is_promising, sum(shares) / len(shares))
 
     def is_right_in_prompts(self, mistakes: Mistakes) -> bool:
-        """Whether mistakes leave nothing but what later passes bring, and that is wrong."""
+        """Whether mistakes leave nothing but what later passes bring; of none, whether that is all that is wrong."""
         sample = self.given.sample
         is_prompt_BT = np.zeros(self._there_BT.shape, bool)
         is_prompt_BT[:, sample.columns(0)] = True
         prompt_P = is_prompt_BT[self._there_BT]
-        return bool(mistakes) and all(
+        return all(
             (
                 self._errors(mistakes, part)[prompt_P]
                 <= PROMISING * part.noise.position_bound * part.noise.rms_P[prompt_P]
@@ -147,9 +148,10 @@ class LayerScreen:
     def _attended(self, mistakes: Mistakes) -> np.ndarray:
         """The stream behind attention, pass after pass; only of the first one where later ones began with others."""
         sample, pieces = self.given.sample, []
-        scheme = next((mistake.scheme for mistake in mistakes if mistake.scheme is not None), None)
-        cache = KVCache(self._config, len(self._there_BT), scheme or stored_as(self._weights.dtype))
+        cache = self._cache(mistakes)
         for step, columns in enumerate(self._columns(mistakes)):
+            if step and isinstance(cache, HandedCache):
+                cache.hand_over(step, [replace(each, layers=None) for each in mistakes])
             config, layer, ops = self._as_if(mistakes)
             positions_BT = sample.positions_BT[:, columns]
             fed = Fed(sample.token_ids_BT[:, columns], positions_BT, positions_BT, step)
@@ -165,6 +167,14 @@ class LayerScreen:
             h_BTD = ops.rms_norm(x_BTD, layer.input_layernorm_D, config.rms_norm_eps)
             pieces.append(x_BTD + attention(config, layer, 0, h_BTD, fed.positions_BT, rope, cache, ops, no_trace))
         return np.concatenate(pieces, axis=1)
+
+    def _cache(self, mistakes: Mistakes) -> Cache:
+        """Of the layer alone, with all that is wrong in what passes hand to each other."""
+        scheme = next((mistake.scheme for mistake in mistakes if mistake.scheme is not None), None)
+        right = KVCache(self._config, len(self._there_BT), scheme or stored_as(self._weights.dtype))
+        if all(mistake.cache is same_pasts for mistake in mistakes):
+            return right
+        return HandedCache(right if scheme else NO_CACHE, [None])
 
     def _columns(self, mistakes: Mistakes) -> list[slice]:
         sample = self.given.sample

@@ -94,14 +94,15 @@ def _searched(
     of_caches = {name: causes[name] for name in causes if name in likely and name.startswith("cache-")}
     others = {name: causes[name] for name in causes if name in likely and name not in of_caches}
     search = Search(_only_of_layers(screen), screen.nothing, ends, on_step)
-    search.go(others.values(), here, searching=False)
-    if search.promising or _is_right_in_prompts(screen, search):
+    begins_later = screen.is_right_in_prompts(())
+    search.go((of_caches if begins_later else others).values(), here, searching=False)
+    if search.promising or (not begins_later and _is_right_in_prompts(screen, search)):
         return search
     search.beside_best(others, here)
     for able in (others, of_caches):  # zeros of a large buffer take time
         if search.promising:
             return search
-        search.go(able.values(), here)
+        search.go(able.values(), here, searching=not begins_later)
     if search.promising or _is_right_in_prompts(screen, search) or is_noise():
         return search
     known = search.known(others.values(), here)
@@ -110,7 +111,7 @@ def _searched(
 
 
 def _is_right_in_prompts(screen: LayerScreen, search: Search) -> bool:
-    """Whether one mistake leaves what later passes bring: that is not of layers, which do not hand caches over."""
+    """Whether one mistake leaves what later passes bring: what acts there alone is tried on whole runs beside it."""
     best = min(search.best_of_each(), key=_most_at_rest, default=search.nothing)
     return screen.is_right_in_prompts(best.mistakes)
 

@@ -21,6 +21,7 @@ def as_json(report: Report) -> str:
         "location": diagnosed["location"],
         "diagnosis": report.diagnosis,
         "causes": diagnosed["causes"],
+        "diagnosis_notes": diagnosed["notes"],
         **fields,
     }
     return json.dumps(_finite(ordered), indent=2, allow_nan=False) + "\n"

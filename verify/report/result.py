@@ -163,7 +163,7 @@ class CauseFound:
 
     Attributes:
         parameters: of the mistake, as `rms_norm_eps` of `norm-eps`.
-        layers: where it is; None: in all of them.
+        layers: where it is; None: in all of them; empty: beside them, as in the head or the last norm.
         noise_ratio: None where the tokens alone were recorded.
         status: it is the cause (`confirmed`), explains as much as the cause does (`equivalent`), or does not.
         fix: what puts it right.
@@ -204,12 +204,14 @@ class Diagnosis:
         status: `named`: one cause explains all of it, and no other does; `ambiguous`: several do; `unexplained`.
         causes: those that explain all of it, or else the best that was found, and then what was ruled out.
         notes: what was not tried, and what would tell several causes apart.
+        untried: the one of them that says why no cause could be tried at all; empty where causes could be.
     """
 
     status: Literal["named", "ambiguous", "unexplained"]
     causes: tuple[CauseFound, ...] = ()
     location: Location | None = None
     notes: tuple[str, ...] = ()
+    untried: str = ""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,12 @@ class ExportedCheckpoint:
         tensors = [each.relation for each in self.matched]
         return ExportedWeights(self.stored_as, counted(tensors), unfaithful(tensors), self.borrowed)
 
+    def without_damage(self) -> "ExportedCheckpoint":
+        """The same with the checkpoint's own tensors wherever the export's are others, and not but rounded."""
+        wrong = {tensor.name for tensor in self.report.unfaithful}
+        kept = [each for each in self.matched if each.relation.name not in wrong]
+        return ExportedCheckpoint(self.checkpoint, self.path, kept)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape."""
         return self._shapes[name]

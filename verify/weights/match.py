@@ -73,7 +73,9 @@ class _Search:
         factors, head_dim = self._factors(name), self.checkpoint.config.head_dim
         found = [locate(tensor_OI, weight, factors) for weight in self.at_home(name, shape)]
         if found:
-            worst = min(found, key=lambda one: (one.is_faithful, -one.compared.error))
+            # A vector of one number beside others in the same place is a constant of the graph.
+            told = [one for one in found if one.is_faithful or not _is_one_number(one.weight)]
+            worst = min(told or found, key=lambda one: (one.is_faithful, -one.compared.error))
             if worst.is_faithful:
                 return Matched(_described(name, worst, head_dim), worst)
             elsewhere = self._elsewhere(tensor_OI, self.weights, factors)
@@ -142,6 +144,11 @@ def _rows_of_others(found: Found, others: Iterable[Matched]) -> np.ndarray:
     there = [each.found for each in others if each.found is not None and each.found.is_faithful]
     same = [each.rows for each in there if (each.weight.name, each.in_rows) == (found.weight.name, found.in_rows)]
     return np.concatenate([np.empty(0, np.int64), *same])
+
+
+def _is_one_number(weight: StoredWeight) -> bool:
+    """Whether a weight is a vector of numbers that are all the same."""
+    return 1 in weight.shape and bool(np.ptp(weight.read().values_RC.astype(np.float64)) == 0)
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
