@@ -1,6 +1,7 @@
 """What counts as equal: the reference as it is, or with the cache, arithmetic or weights that a runtime may have."""
 
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 
 from refengine.codecs.ggml import Turned
 from refengine.errors import InputError
@@ -85,8 +86,11 @@ def expected(name: str) -> Expectation | None:
     parts = name.split(AND)
     for part in parts:
         if part not in known:
+            near = get_close_matches(part, known, n=3)
+            meant = f"did you mean {' or '.join(near)}? " if near else ""
             raise InputError(
-                f"--expect: expected {AUTO}, or names joined by {AND} of {', '.join(known)}; found {part!r}"
+                f"--expect: {part!r}: nothing has this name; {meant}expected {AUTO}, or names joined by {AND} of "
+                f"{', '.join(known)}"
             )
     return joined(*(known[part] for part in parts))
 

@@ -21,16 +21,25 @@ def check_place(path: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; it takes `path`'s place when the block ends well, and is removed otherwise.
 
+    What a link stands for is replaced, not the link; a device or a pipe is written to as it is.
+
     Raises:
         InputError: no file can be put there.
     """
     check_place(path)
+    if path.exists() and not path.is_file():
+        try:
+            yield path
+        except OSError as error:
+            raise InputError(f"{path}: could not be written ({error.strerror})") from error
+        return
+    given, path = path, path.resolve()
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield unfinished
         unfinished.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: could not be written ({error.strerror})") from error
+        raise InputError(f"{given}: could not be written ({error.strerror})") from error
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")
 USE_CACHE = "use_cache_branch"
 SWITCHES = (USE_CACHE, "num_logits_to_keep")
 BEAM_INPUT = "beam_idx"  # of a stateful export: which row of the past each row goes on from
+NO_NUMBERS = ("object", "str")  # how names of dtypes begin that are text
 CACHE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 QUERY_HEADS_FOR_KV_HEADS = (
     "its past was built with num_attention_heads where num_key_value_heads are wanted; export it again with "
@@ -116,7 +117,7 @@ def interface_of(inputs: Iterable[Declared], outputs: Iterable[Declared], is_sta
     _check_inputs(inputs, {name for pair in past.values() for name in pair})
     logits = next((declared for declared in outputs if declared.name == "logits"), None)
     if logits is None or len(logits.shape) not in (0, 3):  # 0: an exporter that left the rank out
-        found = ", ".join(f"{declared.name} {declared.shape_text}" for declared in outputs[:4])
+        found = ", ".join(f"{declared.name} {declared.shape_text}" for declared in outputs[:4]) or "none"
         raise InputError(
             f"outputs: expected logits of shape [batch, tokens, vocabulary], found {found}: "
             "this is no decoder with a language head"
@@ -227,6 +228,8 @@ def _check_inputs(inputs: Sequence[Declared], cached: set[str]) -> None:
             raise InputError(f"{name}: expected shape [batch, tokens], found {found}")
         if name in ("input_ids", "position_ids") and declared.dtype not in ("int64", "int32"):
             raise InputError(f"{name}: expected int64 or int32, found {declared.dtype}")
+        if name == "attention_mask" and declared.dtype.startswith(NO_NUMBERS):
+            raise InputError(f"{name}: expected numbers or truth values, found {declared.dtype}")
         if name in cached and len(declared.shape) != 4:
             raise InputError(f"{name}: expected shape [batch, KV heads, tokens, head size], found {found}")
     if not any(declared.name == "input_ids" for declared in inputs):

@@ -66,7 +66,7 @@ def test_a_mismatch_ends_with_1_and_shows_the_first_token_that_differs(small, na
 def test_no_verdict_ends_with_3_and_gives_the_reason_as_the_cause(small, tmp_path):
     checkpoint = write_checkpoint(tmp_path / "one_layer", num_hidden_layers=1)
     path = repeating_decoder(tmp_path / "model.onnx", heads=N, kv_heads="kv_heads")
-    quick = ("--runtime", "ort-cpu", "--max-new-tokens", 2, "--prompts", small.prompts)
+    quick = ("--runtime", "ort-cpu", "--cache", "on", "--max-new-tokens", 2, "--prompts", small.prompts)
     done = verify("compare", checkpoint, path, *quick)
     assert done.code == 3
     verdict, cause, to_do = done.first_lines

@@ -118,6 +118,14 @@ BROKEN: dict[str, tuple[Change, str]] = {
         lambda: ([Declared("input_ids", "float32", ("b", "t")), *inputs()[1:]], outputs()),
         "input_ids: expected int64 or int32, found float32",
     ),
+    "a mask of text": (
+        lambda: ([Declared("attention_mask", "object", ("b", "t")), *without(inputs(), "attention_mask")], outputs()),
+        "attention_mask: expected numbers or truth values, found object",
+    ),
+    "no outputs": (
+        lambda: (inputs(), []),
+        "outputs: expected logits .* found none",
+    ),
     "heads that differ by layer": (
         lambda: ([*inputs()[:-1], Declared("past_value_11", "float32", ("b", 3, "p", H))], outputs()),
         "expected KV heads to be the same everywhere, found 2 in .* and 3 in past_value_11",

@@ -11,11 +11,15 @@ from verify.machine import total_memory
 from verify.runtimes import RUNTIMES, SERVER, USUAL, runtime_named
 from verify.schedule import SCHEDULES
 
-TRACE_FORMATS = """Holds every token of TRACE against the reference's choice after the same tokens. TRACE is one of:
+TRACE_FORMATS = """Holds every token of TRACE against the reference's choice after the same tokens.
+TRACE is one of:
 
-JSON lines, a row each; logprobs are optional, for each new token pairs of a token id and a natural logarithm:
-  {"prompt_token_ids": [40, 41], "token_ids": [7, 8], "logprobs": [[[7, -0.1], [9, -2.4]], [[8, -0.3]]]}
-an .npz file, its arrays numbered by row; logits are optional, of shape (new tokens, vocabulary):
+JSON lines, a row each; logprobs are optional, for each new token pairs of a
+token id and a natural logarithm:
+  {"prompt_token_ids": [40, 41], "token_ids": [7, 8],
+   "logprobs": [[[7, -0.1], [9, -2.4]], [[8, -0.3]]]}   (all on one line)
+an .npz file, its arrays numbered by row; logits are optional, of shape
+(new tokens, vocabulary):
   prompt_token_ids_0, token_ids_0, logits_0, prompt_token_ids_1, ...
 """
 RUNTIME_NAMES = f"{', '.join(RUNTIMES)}, or ort:PROVIDER for any other of ONNX Runtime's"
@@ -68,7 +72,8 @@ def add_compare(compare: argparse.ArgumentParser) -> None:
         "--repro",
         type=Path,
         metavar="DIR",
-        help="write the smallest graph that shows the mistake, what it is fed and what is right, for a bug report",
+        help="a new or empty one: write the smallest graph that shows the mistake, what it is fed and what is right, "
+        "for a bug report",
     )
     compare.add_argument(
         "--json",

@@ -3,19 +3,18 @@
 import argparse
 from difflib import get_close_matches
 
-from rich.console import Console
-
 from refengine.errors import InputError
 from verify.causes.catalogue import CATALOGUE
 from verify.causes.pages import page
 from verify.report.console import print_explanation, print_facts
+from verify.verbs.terminal import show_text
 
 OK = 0
 
 
 def run_causes(options: argparse.Namespace) -> int:
     """Lists every cause that can be named, each with what is wrong."""
-    print_facts([(name, page(name)[0]) for name in CATALOGUE], Console())
+    show_text(lambda console: print_facts([(name, page(name)[0]) for name in CATALOGUE], console))
     return OK
 
 
@@ -30,5 +29,5 @@ def run_explain(options: argparse.Namespace) -> int:
         near = get_close_matches(name, CATALOGUE, n=3)
         meant = f"did you mean {' or '.join(near)}? " if near else ""
         raise InputError(f'{name!r}: no cause has this name; {meant}"python -m verify causes" lists all of them')
-    print_explanation(name, *page(name), Console())
+    show_text(lambda console: print_explanation(name, *page(name), console))
     return OK

@@ -25,6 +25,7 @@ from verify.errors import NoVerdict
 from verify.expect import EXACT, expected
 from verify.files import check_place, sha256_of
 from verify.find_cause import find_cause
+from verify.locating.repro import check_repro_place
 from verify.naming.by_settings import named_by_settings
 from verify.own_weights import notes_on_weights, read_weights
 from verify.prompts import BUILT_IN, check_prompts, probes
@@ -50,6 +51,7 @@ def run_compare(options: argparse.Namespace) -> int:
     check_json_place(options.json)
     if options.save_reference is not None:
         check_place(options.save_reference)  # now, not after minutes of work
+    _check_repro(options)
     with tempfile.TemporaryDirectory(prefix="verify-") as temporary:
         checkpoint = open_checkpoint(options.model or embedded_model())
         if is_server:
@@ -58,6 +60,15 @@ def run_compare(options: argparse.Namespace) -> int:
             report = _report(options, checkpoint, options.candidate or _embedded_export(checkpoint, Path(temporary)))
     deliver(report, options.json)
     return report.exit_code
+
+
+def _check_repro(options: argparse.Namespace) -> None:
+    """Raises InputError when the graph that shows a mistake is asked for and cannot be written."""
+    if options.repro is None:
+        return
+    if options.no_diagnose:
+        raise InputError("--repro: what it writes comes of the diagnosis, found --no-diagnose; leave one of them out")
+    check_repro_place(options.repro)
 
 
 def _report(options: argparse.Namespace, checkpoint: Checkpoint, path: Path) -> Report:
@@ -144,7 +155,8 @@ class _Runs:
                 *(self.options.diagnose_seconds, self.progress, self.options.repro),
             )
         except NoVerdict as error:
-            return Diagnosis("unexplained", notes=(f"the candidate could not be looked into: {error}",))
+            why = f"the candidate could not be looked into: {error}"
+            return Diagnosis("unexplained", notes=(why,), untried=why)
 
 
 def _report_on_server(options: argparse.Namespace, checkpoint: Checkpoint) -> Report:

@@ -2,15 +2,13 @@
 
 import argparse
 
-from rich.console import Console
-
 from refengine.checkpoint import open_checkpoint
 from refengine.errors import InputError
 from verify.inspection import facts, inspect, inspect_weights
 from verify.report.console import print_facts
 from verify.report.weights import weights_as_json
 from verify.report.weights_console import print_weights
-from verify.verbs.terminal import check_json_place, deliver_text
+from verify.verbs.terminal import check_json_place, deliver_text, show_text
 
 FAITHFUL, UNFAITHFUL = 0, 1
 
@@ -25,7 +23,8 @@ def run_inspect(options: argparse.Namespace) -> int:
     if options.model is None:
         if options.json is not None:
             raise InputError("--json: expected MODEL and CANDIDATE, found CANDIDATE alone; give the checkpoint too")
-        print_facts(facts(inspect(options.candidate, options.runtime)), Console())
+        found = facts(inspect(options.candidate, options.runtime))
+        show_text(lambda console: print_facts(found, console))
         return FAITHFUL
     if options.runtime is not None:
         raise InputError("--runtime: weights are read without a runtime; leave out MODEL, or --runtime")

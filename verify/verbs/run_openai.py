@@ -40,6 +40,7 @@ def check_options(given: argparse.Namespace) -> None:
         "--reference": given.reference is not None,
         "--save-reference": given.save_reference is not None,
         "--python": bool(given.python),
+        "--repro": given.repro is not None,
     }
     if names := [name for name, is_given in unmet.items() if is_given]:
         raise InputError(

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from refengine.errors import InputError
 from verify.files import check_place, replacing
 from verify.report.as_json import as_json
 from verify.report.console import print_report
@@ -38,10 +39,12 @@ def deliver(report: Report, json: str | None) -> None:
 
 def deliver_text(show: Callable[[Console], None], as_json: str, json: str | None) -> None:
     """Shows what `show` prints, and writes the same as JSON to where `--json` says."""
-    _show(show, as_json, as_text=json != STANDARD_OUTPUT)
-    if json not in (None, STANDARD_OUTPUT):
-        with replacing(Path(json)) as unfinished:
-            unfinished.write_text(as_json, encoding="utf-8")
+    try:
+        _show(show, as_json, as_text=json != STANDARD_OUTPUT)
+    finally:  # the file is written even where standard output cannot be
+        if json not in (None, STANDARD_OUTPUT):
+            with replacing(Path(json)) as unfinished:
+                unfinished.write_text(as_json, encoding="utf-8")
 
 
 class _PatientConsole(Console):
@@ -53,17 +56,37 @@ class _PatientConsole(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def show_text(show: Callable[[Console], None]) -> None:
+    """Shows what `show` prints on standard output.
+
+    Raises:
+        InputError: it cannot be written there; a reader who has gone is no reason.
+    """
+    console = _PatientConsole()
+    with _writing_to(console):
+        show(console)
+        console.file.flush()
+
+
 def _show(show: Callable[[Console], None], as_json: str, as_text: bool) -> None:
     """A report on standard output: as text, or as JSON with the text on standard error."""
-    console = _PatientConsole()
     if as_text:
-        show(console)
+        show_text(show)
         return
     show(Console(stderr=True))
-    try:
+    with _writing_to(_PatientConsole()):
         print(as_json, end="", flush=True)
+
+
+@contextmanager
+def _writing_to(console: _PatientConsole) -> Iterator[None]:
+    try:
+        yield
     except BrokenPipeError:
         console.on_broken_pipe()
+    except OSError as error:
+        console.on_broken_pipe()
+        raise InputError(f"standard output: could not be written ({error.strerror}); write to another place") from error
 
 
 class Bars:
