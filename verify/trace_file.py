@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from refengine.config import Config
 from refengine.config_values import is_whole
@@ -150,7 +151,7 @@ def _is_token_and_number(pair: Any) -> bool:
 
 def _from_arrays(path: Path) -> Trace:
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with path.open("rb") as stream, NpzFile(stream) as file:
             names = {name for name in file.files if name.rstrip("0123456789").removesuffix("_") in STEMS}
             arrays = {name: np.asarray(file[name]) for name in names}
     except DAMAGED as error:

@@ -200,7 +200,7 @@ def test_a_file_that_holds_no_saved_run_is_refused(saved, changes):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"{}", b"\x93NUMPY\x01\x00", b"\x80\x04K\x01."])
 def test_a_file_of_another_kind_is_refused(tmp_path, content):
     (tmp_path / "other").write_bytes(content)
-    with pytest.raises(InputError, match=r"other: not a whole reference run \("):
+    with pytest.raises(InputError, match=r"other: not a whole reference run \(File is not a zip file\)"):
         load_reference(tmp_path / "other", SHA, PROMPTS, NEW)
 
 

@@ -52,7 +52,8 @@ def first_differing(
         is_right: whether a tensor is right where it counts; what a node gives for padding alone is nobody's.
 
     Returns:
-        None where all agree, where its nodes cannot be run alone, and of a candidate on the plain CPU itself.
+        None where all agree, or no two do, where its nodes cannot be run alone, and of a candidate on the plain CPU
+        itself.
     """
     if contestant.runtime == PLAIN:
         return None
@@ -72,7 +73,8 @@ def first_differing(
         agree = [
             who for who, each in found.items() if all(distance(each[name], again[name]) <= COARSE for name in given)
         ]
-        return Differing(named(node), node.operator, by, tuple(agree))
+        if agree:
+            return Differing(named(node), node.operator, by, tuple(agree))
     return None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 
 from refengine.errors import InputError
 from refengine.tokens import Rows
@@ -57,7 +58,7 @@ def load_reference(path: Path, model_sha256: str, prompts: Rows, max_new_tokens:
         InputError: the file is not one, or is of another model, other prompts or another number of new tokens.
     """
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with path.open("rb") as stream, NpzFile(stream) as file:
             header = json.loads(str(file["header"]))
             arrays = {name: file[name] for name in file.files if name != "header"}
         run = _run_of(header, arrays)
