@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from refengine.checkpoint import Checkpoint
+from refengine.ops import Ops
 from refengine.weights import Weights
 from verify.causes import Cause, Evidence, Unit
 from verify.causes.footprint import AFTER_PROMPTS
@@ -21,6 +22,7 @@ from verify.naming.screen import EXPLAINED, Screen, Tried, telling_rows
 from verify.naming.search import AS_WELL, Clock, Search, read_from_export
 from verify.naming.telling_apart import telling_probe
 from verify.report.result import CauseFound, Diagnosis, Residual
+from verify.truth.arithmetic import FLOAT32, Arithmetic
 from verify.truth.opened import open_weights
 from verify.truth.reference import ReferenceRun
 
@@ -41,6 +43,7 @@ def diagnose(
     *,
     likely: Collection[str] = (),
     given: Sequence[Given] = (),
+    arithmetic: Arithmetic = FLOAT32,
     seconds: float,
     on_seconds: Callable[[int], None] = lambda seconds: None,
 ) -> Diagnosis:
@@ -56,6 +59,7 @@ def diagnose(
         likely: names of those that can be at the place where the candidate first goes wrong; where one of them explains
             it, others are not tried, nor other layers than the first ones that are suspected.
         given: what the candidate had around the layers that are wrong by themselves.
+        arithmetic: in which the candidate is expected to compute.
         seconds: after which nothing new is begun.
         on_seconds: told of those that are over, of all of them in the end.
     """
@@ -68,7 +72,9 @@ def diagnose(
     stages = _Stages(search, screen, coarse, causes, evidence, frozenset(likely), given)
     noisy = stages.run(in_prompts=not _prompts_are_right(run, reference))
     promising = list(map(search.necessary, search.promising))
-    confirmed, whole = _confirmed(checkpoint, weights, passes, run, reference, promising, search)
+    honest = weights if arithmetic == FLOAT32 else arithmetic.weights(checkpoint)
+    order = next(iter(arithmetic.orders(sum(reference.lengths)).values()))
+    confirmed, whole = _confirmed(checkpoint, (honest, order), passes, run, reference, promising, search)
     found = _diagnosis(confirmed, noisy, search, whole)
     if found.status == "ambiguous" and not noisy:
         found = replace(found, notes=(*found.notes, *_apart(weights, confirmed, passes.use_cache)))
@@ -183,7 +189,7 @@ def _prompts_are_right(run: CandidateRun, reference: ReferenceRun) -> bool:
 
 def _confirmed(
     checkpoint: Checkpoint,
-    weights32: Weights,
+    honest: tuple[Weights, Ops],
     passes: Passes,
     run: CandidateRun,
     reference: ReferenceRun,
@@ -192,8 +198,8 @@ def _confirmed(
 ) -> tuple[list[Tried], float]:
     """Those that leave no more than honest noise of the whole run, and no more than the best; of each cause one.
 
-    Honest noise is that of the reference with the mistake, which may have more of it than the right one. Also returned
-    is the ratio before.
+    Honest noise is that of the reference with the mistake, which may have more of it than the right one, with weights
+    and operators that are `honest`. Also returned is the ratio before.
     """
     screen = _whole(open_weights(checkpoint, np.float64), passes, run, reference)
     whole = screen.before
@@ -204,7 +210,7 @@ def _confirmed(
     for each in list(best.values())[:MOST_CONFIRMED]:
         if search.is_over and each is not next(iter(best.values())):
             break  # the best alone, which the time was given for
-        ratio, noise = screen.ratio_and_noise(each.mistakes, weights32)
+        ratio, noise = screen.ratio_and_noise(each.mistakes, *honest)
         if ratio <= min(max(1.0, noise) * reference.logits.noise.overall_bound, EXPLAINED * whole):
             found.append(Tried(each.mistakes, ratio))
     least = AS_WELL * min((each.ratio for each in found), default=0.0)

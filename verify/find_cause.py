@@ -81,6 +81,7 @@ def find_cause(
         *(right, passes, run, reference, evidence, CATALOGUE),
         likely=likely,
         given=located.given,
+        arithmetic=unequal.expectation.arithmetic,
         seconds=seconds,
         on_seconds=progress.advance,
     )

@@ -13,7 +13,7 @@ from tests.meta.scores import faults_of
 from tests.verify.comparing import Here, Notes
 from tests.verify.conftest import TINY_LLAMA
 from verify.causes import Cause, Evidence
-from verify.causes.attention import sliding_window
+from verify.causes.attention import attention_scale, sliding_window
 from verify.causes.cache import cache_not_reset
 from verify.causes.catalogue import CATALOGUE
 from verify.causes.constants import Constant
@@ -32,6 +32,7 @@ from verify.naming.telling_apart import telling_probe
 from verify.report.result import Diagnosis
 from verify.request import Request
 from verify.truth.arithmetic import ARITHMETICS
+from verify.truth.reference import Reference, ReferenceRun
 
 EXPORTS = TINY_LLAMA.parent / "exports"
 CONFIG = open_checkpoint(TINY_LLAMA).config
@@ -99,10 +100,15 @@ USUAL = {name: CATALOGUE[name] for name in ("activation", "arithmetic-float16", 
 
 
 def diagnosed(
-    subject: Subject, rows: list[np.ndarray], seconds: float = SECONDS, causes: Mapping[str, Cause] = USUAL, **how
+    subject: Subject,
+    rows: list[np.ndarray],
+    seconds: float = SECONDS,
+    causes: Mapping[str, Cause] = USUAL,
+    reference: ReferenceRun | None = None,
+    **how,
 ) -> Diagnosis:
     """What is found of a run that gave these logits, of which nothing else is known."""
-    reference = subject.compared.reference
+    reference = reference or subject.compared.reference
     run = CandidateRun(reference.tokens, rows, {}, seconds=0.0)
     evidence = Evidence(CONFIG, use_cache=True, is_padded=True, longest=max(reference.lengths))
     parts = (subject.compared.checkpoint, subject.passes, run, reference, evidence, causes)
@@ -127,6 +133,17 @@ def test_a_mistake_is_named_beside_arithmetic_that_no_setting_tells_of(subject):
     found = diagnosed(subject, in_arithmetic(subject, "float16", relu))
     assert (found.status, explaining(found)) == ("named", ["activation", "arithmetic-float16"])
     assert found.causes[0].parameters == {"hidden_act": "relu"}
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_a_mistake_with_more_noise_than_the_right_model_is_named_in_the_arithmetic_that_is_expected(subject, name):
+    arithmetic, new_tokens = ARITHMETICS[name], len(subject.passes.tokens[0])
+    reference = Reference(subject.compared.checkpoint, arithmetic=arithmetic).run(subject.passes.prompts, new_tokens)
+    rows = in_arithmetic(subject, name, with_parameters(attention_scale, scale=1.0))
+    causes = {"attention-scale": attention_scale}
+    found = diagnosed(subject, rows, causes=causes, reference=reference, arithmetic=arithmetic)
+    assert (found.status, explaining(found)) == ("named", ["attention-scale"])
+    assert found.causes[0].noise_ratio.after > reference.logits.noise.overall_bound
 
 
 def test_a_mistake_in_float32_is_not_taken_for_coarser_arithmetic(subject):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from refengine.ops import OPS, Ops
 from refengine.weights import Weights
 from verify.drive import CandidateRun
 from verify.naming.as_if import Passes, run_as_if
@@ -95,9 +96,9 @@ class Screen:
         """The noise ratio of the candidate against the reference with these mistakes."""
         return _ratio(*self._errors(self._run(self.weights, mistakes)))
 
-    def ratio_and_noise(self, mistakes: Sequence[Counterfactual], weights: Weights) -> tuple[float, float]:
-        """The same, and how far the reference with these mistakes is from itself on other weights, in the same unit."""
-        right, other = (self._run(each, mistakes) for each in (self.weights, weights))
+    def ratio_and_noise(self, mistakes: Sequence[Counterfactual], weights: Weights, ops: Ops) -> tuple[float, float]:
+        """The same, and how far the reference with these mistakes is from itself so computed, in the same unit."""
+        right, other = self._run(self.weights, mistakes), self._run(weights, mistakes, ops)
         errors, units = [], []
         for row, one_PV, other_PV in zip(self.rows, right, other, strict=True):
             positions, _, unit_P = self._judged[row]
@@ -117,10 +118,10 @@ class Screen:
         is_promising = ratio <= promising(self._noise.overall_bound, self.before, HALF)
         return Tried(mistakes, ratio, is_promising, rest)
 
-    def _run(self, weights: Weights, mistakes: Sequence[Counterfactual]) -> list[np.ndarray]:
+    def _run(self, weights: Weights, mistakes: Sequence[Counterfactual], ops: Ops = OPS) -> list[np.ndarray]:
         # What a row leaves to the next one is of all its tokens.
         passes = self._whole if any(each.keeps_rows for each in mistakes) else self.passes
-        return run_as_if(weights, passes, mistakes, wanted=self.rows)
+        return run_as_if(weights, passes, mistakes, ops, wanted=self.rows)
 
     def _errors(self, logits: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """The rms error at each position for which the reference has logits, and its noise."""
