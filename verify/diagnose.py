@@ -130,7 +130,7 @@ class _Stages:
     def _layers(self, possible: Mapping[str, Cause], is_noise: Callable[[], bool]) -> Layerwise:
         """What explains single layers; where that leaves steps after the prompts, with what acts there."""
         search = self.search
-        screens = (LayerScreen(self.screen.weights, each) for each in self.given)
+        screens = (LayerScreen(self.screen.weights, each, self.coarse.passes.scheme) for each in self.given)
         told = explain_layers(screens, possible, self.evidence, search.ends, search.on_step, is_noise)
         # What is not seen in some layers may be there too: a number that the export has knows where it is.
         read = {_said(each): each for each in read_from_export(possible.values(), self.evidence)}

@@ -60,7 +60,8 @@ def find_cause(
     """
     reference, run = unequal.reference, unequal.run
     batches = batches_of(unequal.request.schedule)
-    passes = Passes(reference.prompts, reference.tokens, batches, unequal.mode == "on")
+    scheme = unequal.expectation.scheme
+    passes = Passes(reference.prompts, reference.tokens, batches, unequal.mode == "on", scheme)
     on_own = unequal.expectation.own_weights and own is not None
     right = own if on_own and own is not None else checkpoint
     others = own if own is not None and not own.is_exact and not on_own else None

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from refengine.checkpoint import open_checkpoint
+from refengine.quant import SCHEMES
 from tests.meta.corpus import Corpus, corpus_of
 from tests.meta.explaining import Subject, trained
 from tests.meta.scores import faults_of
@@ -24,14 +25,14 @@ from verify.diagnose import diagnose
 from verify.drive import CandidateRun
 from verify.export.faults import FAULTS, stacked
 from verify.find_cause import find_cause
-from verify.naming.as_if import run_as_if
+from verify.naming.as_if import Passes, run_as_if
 from verify.naming.counterfactual import Counterfactual
 from verify.naming.screen import Screen, Tried, share_at_rest
 from verify.naming.search import Clock, Search, read_from_export
 from verify.naming.telling_apart import telling_probe
 from verify.report.result import Diagnosis
 from verify.request import Request
-from verify.truth.arithmetic import ARITHMETICS
+from verify.truth.arithmetic import ARITHMETICS, FLOAT32
 from verify.truth.reference import Reference, ReferenceRun
 
 EXPORTS = TINY_LLAMA.parent / "exports"
@@ -105,13 +106,14 @@ def diagnosed(
     seconds: float = SECONDS,
     causes: Mapping[str, Cause] = USUAL,
     reference: ReferenceRun | None = None,
+    passes: Passes | None = None,
     **how,
 ) -> Diagnosis:
     """What is found of a run that gave these logits, of which nothing else is known."""
     reference = reference or subject.compared.reference
     run = CandidateRun(reference.tokens, rows, {}, seconds=0.0)
     evidence = Evidence(CONFIG, use_cache=True, is_padded=True, longest=max(reference.lengths))
-    parts = (subject.compared.checkpoint, subject.passes, run, reference, evidence, causes)
+    parts = (subject.compared.checkpoint, passes or subject.passes, run, reference, evidence, causes)
     return diagnose(*parts, seconds=seconds, **how)
 
 
@@ -144,6 +146,18 @@ def test_a_mistake_with_more_noise_than_the_right_model_is_named_in_the_arithmet
     found = diagnosed(subject, rows, causes=causes, reference=reference, arithmetic=arithmetic)
     assert (found.status, explaining(found)) == ("named", ["attention-scale"])
     assert found.causes[0].noise_ratio.after > reference.logits.noise.overall_bound
+
+
+def test_of_a_mistake_on_top_of_a_cache_that_is_expected_to_be_coded_the_cache_is_no_part(subject):
+    scheme = SCHEMES["ov-u8"]
+    new_tokens = len(subject.passes.tokens[0])
+    reference = Reference(subject.compared.checkpoint, scheme=scheme).run(subject.passes.prompts, new_tokens)
+    passes = replace(subject.passes, tokens=reference.tokens, scheme=scheme)
+    order = list(FLOAT32.orders(1).values())[-1]
+    rows = run_as_if(subject.weights, passes, [with_parameters(activation, hidden_act="relu")], order)
+    causes = {name: CATALOGUE[name] for name in ("activation", "cache-quantized")}
+    found = diagnosed(subject, rows, causes=causes, reference=reference, passes=passes)
+    assert (found.status, explaining(found)) == ("named", ["activation"])
 
 
 def test_a_mistake_in_float32_is_not_taken_for_coarser_arithmetic(subject):

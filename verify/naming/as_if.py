@@ -8,10 +8,10 @@ import numpy as np
 
 from refengine.kvcache import NO_CACHE, Cache, KVCache
 from refengine.ops import OPS, Ops
-from refengine.scheme import stored_as
+from refengine.scheme import Scheme, stored_as
 from refengine.tokens import Rows, left_padded
 from refengine.weights import Weights
-from verify.naming.counterfactual import Fed, LayerPast, Mistakes, Pasts, forward_as_if, same_pasts
+from verify.naming.counterfactual import Fed, LayerPast, Mistakes, Pasts, forward_as_if, on_top_of, same_pasts
 from verify.naming.handed_cache import HandedCache, seen_by_all
 
 
@@ -24,12 +24,14 @@ class Passes:
         tokens: fed after each prompt, the last of them only chosen; of one number in a batch.
         batches: the rows that were decoded together.
         use_cache: each new token was a pass of its own.
+        scheme: how its cache is expected to store vectors; None: as they are.
     """
 
     prompts: Rows
     tokens: Rows
     batches: Sequence[Sequence[int]]
     use_cache: bool
+    scheme: Scheme | None = None
 
 
 def run_as_if(
@@ -42,9 +44,10 @@ def run_as_if(
 
     Args:
         weights: right ones, in the dtype of the computation.
-        mistakes: all of them at once; none is the reference itself.
+        mistakes: all of them at once, on top of the scheme that is expected; none is the reference itself.
         wanted: rows, all by default. Others are run only where what a row gives depends on them.
     """
+    mistakes = on_top_of(passes.scheme, mistakes)
     wanted = range(len(passes.prompts)) if wanted is None else wanted
     together = any(mistake.is_of_batches or mistake.keeps_rows for mistake in mistakes)
     batches = passes.batches if together else [[row] for row in wanted]  # padding takes time and changes nothing

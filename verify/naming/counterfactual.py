@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from refengine.config import Config
 from refengine.kvcache import Cache
 from refengine.model import block
 from refengine.ops import OPS, Ops
+from refengine.quant import ops_for
 from refengine.scheme import Scheme
 from refengine.trace import Trace, no_trace
 from refengine.weights import Layer, Weights
@@ -118,6 +119,14 @@ class Counterfactual:
 
 
 Mistakes = Sequence[Counterfactual]
+
+
+def on_top_of(scheme: Scheme | None, mistakes: Mistakes) -> Mistakes:
+    """Mistakes where a cache is expected to be stored so, unless the way of storing it is one of them."""
+    if scheme is None or any(mistake.scheme is not None for mistake in mistakes):
+        return mistakes
+    expected = Counterfactual("cache-quantized", scheme=scheme, ops=partial(ops_for, scheme), is_causal=False)
+    return (expected, *mistakes)
 
 
 def forward_as_if(

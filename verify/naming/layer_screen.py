@@ -12,13 +12,22 @@ from refengine.config import Config
 from refengine.kvcache import NO_CACHE, Cache, KVCache
 from refengine.model import attention, mlp
 from refengine.ops import OPS, Ops
-from refengine.scheme import stored_as
+from refengine.scheme import Scheme, stored_as
 from refengine.trace import no_trace
 from refengine.weights import Layer, Weights
 from verify.locating.flow import Flow
 from verify.locating.introduced import CLEARLY, Part
 from verify.locating.sample import Sample, Streams
-from verify.naming.counterfactual import Counterfactual, Fed, Mistakes, layer_as_if, same_logits, same_pasts, unchanged
+from verify.naming.counterfactual import (
+    Counterfactual,
+    Fed,
+    Mistakes,
+    layer_as_if,
+    on_top_of,
+    same_logits,
+    same_pasts,
+    unchanged,
+)
 from verify.naming.handed_cache import HandedCache
 from verify.naming.screen import EXPLAINED, PROMISING, Tried, promising, share_at_rest
 from verify.truth.noise import rms
@@ -74,12 +83,13 @@ class LayerScreen:
     Args:
         weights: in the dtype in which counterfactuals are run.
         given: what the candidate had.
+        scheme: how its cache is expected to store vectors; None: as they are.
     """
 
-    def __init__(self, weights: Weights, given: Given):
+    def __init__(self, weights: Weights, given: Given, scheme: Scheme | None = None):
         sample = given.sample
         self.given = given
-        self._weights = weights
+        self._weights, self._scheme = weights, scheme
         self._config = replace(weights.config, num_hidden_layers=1)
         self._right = _layer(weights, given.layer)
         self._streams = [np.nan_to_num(stream.astype(weights.dtype)) for stream in given.streams]
@@ -147,7 +157,7 @@ class LayerScreen:
 
     def _attended(self, mistakes: Mistakes) -> np.ndarray:
         """The stream behind attention, pass after pass; only of the first one where later ones began with others."""
-        sample, pieces = self.given.sample, []
+        sample, pieces, mistakes = self.given.sample, [], on_top_of(self._scheme, mistakes)
         cache = self._cache(mistakes)
         for step, columns in enumerate(self._columns(mistakes)):
             if step and isinstance(cache, HandedCache):
