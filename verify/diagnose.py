@@ -133,8 +133,8 @@ class _Stages:
         screens = (LayerScreen(self.screen.weights, each, self.coarse.passes.scheme) for each in self.given)
         told = explain_layers(screens, possible, self.evidence, search.ends, search.on_step, is_noise)
         # What is not seen in some layers may be there too: a number that the export has knows where it is.
-        read = {_said(each): each for each in read_from_export(possible.values(), self.evidence)}
-        for each in (*told.proposed, *(some for some in told.partial if any(_said(one) in read for one in some))):
+        read = {each.said: each for each in read_from_export(possible.values(), self.evidence)}
+        for each in (*told.proposed, *(some for some in told.partial if any(one.said in read for one in some))):
             search.one(*_as_read(each, read))
         for each in () if search.promising else told.proposed:
             search.one(*each)
@@ -166,14 +166,10 @@ class _Stages:
         return []
 
 
-def _said(mistake: Counterfactual) -> tuple[str, str]:
-    return mistake.cause, str(mistake.parameters)
-
-
 def _as_read(mistakes: Mistakes, read: Mapping[tuple[str, str], Counterfactual]) -> Mistakes:
     """Mistakes in the layers in which the export has them, where it says so."""
-    known = {_said(each): read[_said(each)] for each in mistakes if _said(each) in read}
-    return (*known.values(), *(each for each in mistakes if _said(each) not in known))
+    known = {each.said: read[each.said] for each in mistakes if each.said in read}
+    return (*known.values(), *(each for each in mistakes if each.said not in known))
 
 
 def _prompts_are_right(run: CandidateRun, reference: ReferenceRun) -> bool:

@@ -6,13 +6,13 @@ from functools import reduce
 
 import numpy as np
 
-from refengine.kvcache import NO_CACHE, Cache, KVCache
+from refengine.kvcache import Cache
 from refengine.ops import OPS, Ops
-from refengine.scheme import Scheme, stored_as
+from refengine.scheme import Scheme
 from refengine.tokens import Rows, left_padded
 from refengine.weights import Weights
-from verify.naming.counterfactual import Fed, LayerPast, Mistakes, Pasts, forward_as_if, on_top_of, same_pasts
-from verify.naming.handed_cache import HandedCache, seen_by_all
+from verify.naming.counterfactual import Fed, LayerPast, Mistakes, Pasts, forward_as_if, on_top_of
+from verify.naming.handed_cache import HandedCache, cache_with, seen_by_all
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,11 @@ def _fed(rows: Rows, cache: Cache) -> Fed:
 
 def _cache(weights: Weights, rows: int, mistakes: Mistakes, left: Pasts) -> Cache:
     """What the first pass of a batch finds, where the batch before has left this."""
-    scheme = next((mistake.scheme for mistake in mistakes if mistake.scheme is not None), None)
-    right: Cache = KVCache(weights.config, rows, scheme or stored_as(weights.dtype))
-    keeps_rows = any(mistake.keeps_rows for mistake in mistakes)
-    if not keeps_rows and all(mistake.cache is same_pasts for mistake in mistakes):
-        return right
-    found: Sequence[LayerPast | None] = [None] * weights.config.num_hidden_layers
-    if keeps_rows and left and len(left[0].positions_BS) == rows:
-        found = seen_by_all(left)
-    return HandedCache(right if scheme else NO_CACHE, found)
+    found: Sequence[LayerPast | None] | None = None
+    if any(mistake.keeps_rows for mistake in mistakes):
+        stays = left and len(left[0].positions_BS) == rows
+        found = seen_by_all(left) if stays else [None] * weights.config.num_hidden_layers
+    return cache_with(mistakes, weights.config, rows, weights.dtype, found)
 
 
 def _as_long(logits_PV: np.ndarray, positions: int) -> np.ndarray:

@@ -113,6 +113,11 @@ class Counterfactual:
     is_causal: bool = True
     is_of_batches: bool = False
 
+    @property
+    def said(self) -> tuple[str, str]:
+        """What it is, wherever it is: its cause, and its parameters in words."""
+        return self.cause, str(self.parameters)
+
     def is_in(self, layer: int) -> bool:
         """Whether a layer has the mistake."""
         return self.layers is None or layer in self.layers

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from refengine.kvcache import Cache
-from verify.naming.counterfactual import LayerPast, Mistakes, Pasts
+from refengine.config import Config
+from refengine.kvcache import NO_CACHE, Cache, KVCache
+from refengine.scheme import stored_as
+from verify.naming.counterfactual import LayerPast, Mistakes, Pasts, same_pasts
 
 
 class HandedCache:
@@ -51,6 +53,29 @@ class HandedCache:
             )
         self._pasts[layer] = made
         return made.k_BKSH, made.v_BKSH, made.positions_BS
+
+
+def cache_with(
+    mistakes: Mistakes,
+    config: Config,
+    rows: int,
+    dtype: np.typing.DTypeLike,
+    found: Sequence[LayerPast | None] | None = None,
+) -> Cache:
+    """What a first pass finds, with all that these mistakes do to what passes hand to each other.
+
+    Args:
+        mistakes: of which one may say how vectors are stored.
+        config: of as many layers as there are.
+        rows: of a batch.
+        dtype: in which vectors come.
+        found: of each layer, what is there already; None: nothing.
+    """
+    scheme = next((mistake.scheme for mistake in mistakes if mistake.scheme is not None), None)
+    right: Cache = KVCache(config, rows, scheme or stored_as(dtype))
+    if found is None and all(mistake.cache is same_pasts for mistake in mistakes):
+        return right
+    return HandedCache(right if scheme else NO_CACHE, found or [None] * config.num_hidden_layers)
 
 
 def seen_by_all(pasts: Pasts) -> Pasts:

@@ -9,10 +9,9 @@ from itertools import islice
 import numpy as np
 
 from refengine.config import Config
-from refengine.kvcache import NO_CACHE, Cache, KVCache
 from refengine.model import attention, mlp
 from refengine.ops import OPS, Ops
-from refengine.scheme import Scheme, stored_as
+from refengine.scheme import Scheme
 from refengine.trace import no_trace
 from refengine.weights import Layer, Weights
 from verify.locating.flow import Flow
@@ -25,10 +24,9 @@ from verify.naming.counterfactual import (
     layer_as_if,
     on_top_of,
     same_logits,
-    same_pasts,
     unchanged,
 )
-from verify.naming.handed_cache import HandedCache
+from verify.naming.handed_cache import HandedCache, cache_with
 from verify.naming.screen import EXPLAINED, PROMISING, Tried, promising, share_at_rest
 from verify.truth.noise import rms
 
@@ -158,7 +156,7 @@ class LayerScreen:
     def _attended(self, mistakes: Mistakes) -> np.ndarray:
         """The stream behind attention, pass after pass; only of the first one where later ones began with others."""
         sample, pieces, mistakes = self.given.sample, [], on_top_of(self._scheme, mistakes)
-        cache = self._cache(mistakes)
+        cache = cache_with(mistakes, self._config, len(self._there_BT), self._weights.dtype)
         for step, columns in enumerate(self._columns(mistakes)):
             if step and isinstance(cache, HandedCache):
                 cache.hand_over(step, [replace(each, layers=None) for each in mistakes])
@@ -177,14 +175,6 @@ class LayerScreen:
             h_BTD = ops.rms_norm(x_BTD, layer.input_layernorm_D, config.rms_norm_eps)
             pieces.append(x_BTD + attention(config, layer, 0, h_BTD, fed.positions_BT, rope, cache, ops, no_trace))
         return np.concatenate(pieces, axis=1)
-
-    def _cache(self, mistakes: Mistakes) -> Cache:
-        """Of the layer alone, with all that is wrong in what passes hand to each other."""
-        scheme = next((mistake.scheme for mistake in mistakes if mistake.scheme is not None), None)
-        right = KVCache(self._config, len(self._there_BT), scheme or stored_as(self._weights.dtype))
-        if all(mistake.cache is same_pasts for mistake in mistakes):
-            return right
-        return HandedCache(right if scheme else NO_CACHE, [None])
 
     def _columns(self, mistakes: Mistakes) -> list[slice]:
         sample = self.given.sample

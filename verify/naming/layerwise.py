@@ -157,16 +157,12 @@ def _combined(
     choices = [[(found[number], layers) for number in numbers] for numbers, layers in ways.items()]
     for chosen in itertools.islice(itertools.product(*choices), COMBINED if ways else 0):
         layers_of: dict[tuple[str, str], list[int]] = {}
-        mistakes = {_what(each): each for some, _ in chosen for each in some}
+        mistakes = {each.said: each for some, _ in chosen for each in some}
         for some, layers in chosen:
             for each in some:
-                layers_of.setdefault(_what(each), []).extend(layers)
+                layers_of.setdefault(each.said, []).extend(layers)
         made.append(tuple(_in_layers((mistakes[key],), layers, config)[0] for key, layers in layers_of.items()))
     return tuple(made)
-
-
-def _what(mistake: Counterfactual) -> tuple[str, str]:
-    return mistake.cause, str(mistake.parameters)
 
 
 def _everywhere(mistake: Counterfactual) -> Counterfactual:

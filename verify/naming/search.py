@@ -195,7 +195,7 @@ def read_from_export(causes: Iterable[Cause], evidence: Evidence) -> Iterator[Co
 
 def _key(mistakes: Iterable[Counterfactual]) -> frozenset[tuple]:
     """Mistakes are the same in any order."""
-    return frozenset((each.cause, str(each.parameters), each.layers) for each in mistakes)
+    return frozenset((*each.said, each.layers) for each in mistakes)
 
 
 def _left(tried: Tried) -> float:

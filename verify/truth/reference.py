@@ -170,22 +170,29 @@ class Reference:
             return None
         if {LOGITS, *held} != set(truth.right) or not all(np.isfinite(held_PX).all() for held_PX in held.values()):
             return None
-        self.on_progress("the reference in float64, on the candidate's cache")
-        weights, ops64 = open_weights(self.checkpoint, np.float64), ops_for(scheme)
-        logits_PV, filled = given_pass(weights, truth, scheme, ops64, Given(held))
-        errors = Errors({LOGITS: logits_PV, **filled.brought})
-        noisy_weights, orders = self.noisy(len(logits_PV))
-        for order, ops in orders.items():
-            self.on_progress(f"the reference in {self.arithmetic.name} on the candidate's cache ({order})")
-            logits_PV, filled = given_pass(noisy_weights, truth, scheme, ops, Given(held))
-            errors.add({LOGITS: logits_PV, **filled.brought})
+        errors = self._errors_on(truth, scheme, held)
         noise = errors.noise({})
         moved = {point: noise[point].position_bound * errors.largest[point] for point in held}
         self.on_progress("the reference in float64, with the candidate's choice of codes")
-        logits_PV, filled = given_pass(weights, truth, scheme, ops64, Given(held, moved))
+        weights = open_weights(self.checkpoint, np.float64)
+        logits_PV, filled = given_pass(weights, truth, scheme, ops_for(scheme), Given(held, moved))
         right = {LOGITS: logits_PV, **{point: x_PKH.reshape(len(x_PKH), -1) for point, x_PKH in filled.read.items()}}
         tokens = chosen(logits_PV, truth.prompts, truth.tokens)
         return _as_run(Truth(truth.prompts, tokens, right), noise, errors.largest[LOGITS])
+
+    def _errors_on(self, truth: Truth, scheme: Scheme, held: Mapping[str, np.ndarray]) -> Errors:
+        """Of every order, reading a cache that holds this."""
+        self.on_progress("the reference in float64, on the candidate's cache")
+        weights = open_weights(self.checkpoint, np.float64)
+        logits_PV, filled = given_pass(weights, truth, scheme, ops_for(scheme), Given(held))
+        del weights  # before the same is read in float32
+        errors = Errors({LOGITS: logits_PV, **filled.brought})
+        weights, orders = self.noisy(len(logits_PV))
+        for order, ops in orders.items():
+            self.on_progress(f"the reference in {self.arithmetic.name} on the candidate's cache ({order})")
+            logits_PV, filled = given_pass(weights, truth, scheme, ops, Given(held))
+            errors.add({LOGITS: logits_PV, **filled.brought})
+        return errors
 
     def _plain(
         self, weights: Weights, prompts: Rows, tokens: Rows, right64: Mapping[str, np.ndarray]
@@ -204,7 +211,7 @@ class Reference:
         tried = row[:PLAIN_POSITIONS]
         at = slice(before, before + len(tried))
         logits_PV, caches = one_pass(weights, [tried], [[0]], None, plainest)
-        found = {"lm_head": logits_PV, **caches}
+        found = {LOGITS: logits_PV, **caches}
         return {name: Plain(rms(value - right64[name][at], axis=-1), at) for name, value in found.items()}
 
 

@@ -15,7 +15,7 @@ from refengine.errors import InputError
 from refengine.tokens import Rows
 from verify.files import replacing
 from verify.truth.noise import Noise
-from verify.truth.reference import Measured, ReferenceRun
+from verify.truth.reference import LOGITS, Measured, ReferenceRun
 
 FORMAT = 2  # of a saved run
 # What reading an .npz file raises that is none, or no longer a whole one. An OverflowError is an infinite token, a
@@ -37,13 +37,13 @@ def save_reference(path: Path, run: ReferenceRun, model_sha256: str) -> None:
                     "model_sha256": model_sha256,
                     "prompts": _lists(run.prompts),
                     "tokens": _lists(run.tokens),
-                    "points": sorted(["lm_head", *run.caches]),
+                    "points": sorted([LOGITS, *run.caches]),
                 }
             )
         )
     }
     arrays["flips_P"] = run.flips_P
-    for name, measured in {"lm_head": run.logits, **run.caches}.items():
+    for name, measured in {LOGITS: run.logits, **run.caches}.items():
         arrays[f"{name}/value64"] = measured.value64_PX
         arrays[f"{name}/rms"] = measured.noise.rms_P
         arrays[f"{name}/bounds"] = np.array([measured.noise.overall_bound, measured.noise.position_bound])
@@ -94,7 +94,7 @@ def _run_of(header: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> Referen
         )
         for point in points
     }
-    run = ReferenceRun(prompts, tokens, measured.pop("lm_head"), flips_P, measured)
+    run = ReferenceRun(prompts, tokens, measured.pop(LOGITS), flips_P, measured)
     positions = sum(run.lengths)
     for point in (run.logits, *run.caches.values()):
         if point.value64_PX.ndim != 2 or len(point.value64_PX) != positions or point.noise.rms_P.shape != (positions,):
