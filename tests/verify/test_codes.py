@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from refengine.ops import OPS
 from refengine.quant import SCHEMES
 from refengine.scheme import Scheme
-from verify.truth.codes import Given, GivenCache, can_be_given
+from verify.truth.codes import Given, GivenCache, can_be_given, plainest_of_codes
+from verify.truth.noise import PLAINEST
 
 POINTS = [f"layers.0.self_attn.{name}_cache" for name in "kv"]
 K, H, P = 2, 16, 6
@@ -81,3 +83,20 @@ def test_what_later_tokens_change_cannot_be_given() -> None:
     assert not can_be_given(SCHEMES["ov-u8-channel"], held)
     assert not can_be_given(SCHEMES["kivi-4"], held)
     assert not can_be_given(SCHEME, {})
+
+
+def test_of_the_same_codes_what_is_held_is_read_though_a_scale_is_off_by_noise() -> None:
+    x_1KPH = vectors(5)
+    held_1KPH = coded(x_1KPH * (1 + 1e-6))
+    np.testing.assert_allclose(read(x_1KPH, held_1KPH, NOISE), held_1KPH, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(("name", "is_another"), [("ov-u8", True), ("int4-g32", True), ("int8-symmetric", False)])
+def test_products_with_codes_are_products_with_what_they_stand_for(name: str, is_another: bool) -> None:
+    rng = np.random.default_rng(6)
+    q_BTNH, k_BKSH = rng.standard_normal((2, 3, 4, H)), rng.standard_normal((2, K, P, H))
+    positions_BT, positions_BS = np.tile(np.arange(3, P), (2, 1)), np.tile(np.arange(P), (2, 1))
+    ops = plainest_of_codes(SCHEMES[name], PLAINEST)
+    assert (ops != PLAINEST) == is_another
+    given = q_BTNH, k_BKSH, k_BKSH, positions_BT, positions_BS, None
+    np.testing.assert_allclose(ops.attend(*given), OPS.attend(*given), rtol=1e-12, atol=1e-12)

@@ -3,19 +3,23 @@
 A code is a choice, as a token is. Where a value lies on the border between two codes, honest arithmetic takes either;
 every later pass reads it, and is off by a whole step of the cache, thousands of times what rounding costs. So the
 reference moves what it brings to its cache towards what the candidate holds, by no more than honest noise, before it
-codes it: on a border it takes the candidate's side, and everywhere else its own code. The noise is measured where all
-orders read the same cache, so that no code of theirs differs.
+codes it: on a border it takes the candidate's side, and everywhere else its own code. What it then reads of the code it
+moves as far again, since a scale, too, follows what was brought. The noise is measured where all orders read the same
+cache, so that no code of theirs differs.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
+from refengine import ops as reference_ops
 from refengine.codecs.affine import Affine
 from refengine.codecs.codec import Codec
 from refengine.codecs.packing import pack_nibbles
 from refengine.histories import AT_ONCE
+from refengine.ops import Ops
 from refengine.scheme import Scheme
 from refengine.views import Vectors
 
@@ -44,8 +48,9 @@ class Given:
     Attributes:
         held: trace point -> keys or values that attention read, or codes of 4 bits (uint8) as OpenVINO shows them, at
             every position of every row (P of them, row after row), heads flattened.
-        noise: trace point -> how far, at each position, what comes may be moved towards that before it is coded; None:
-            what is held is read, or where that is codes, these with the scales of what comes.
+        noise: trace point -> how far, at each position, what comes may be moved towards that before it is coded, and
+            what is read of the code after it; None: what is held is read, or where that is codes, these with the scales
+            of what comes.
     """
 
     held: Mapping[str, np.ndarray]
@@ -98,9 +103,14 @@ class GivenCache:
         held_RKH = _as_values(codec, held_PX.reshape(shape)[place_R], x_RKH)
         if self.given.noise is not None:
             noise_R11 = self.given.noise[point][place_R, None, None]
-            held_RKH = _coded(codec, x_RKH + np.clip(held_RKH - x_RKH, -noise_R11, noise_R11))
+            own_RKH = _coded(codec, _moved(x_RKH, held_RKH, noise_R11))
+            held_RKH = _moved(own_RKH, held_RKH, noise_R11)
         for noted, x in ((self.brought, x_RKH), (self.read, held_RKH)):
             noted.setdefault(point, np.zeros(shape, x_BKTH.dtype))[place_R] = x
+
+
+def _moved(x: np.ndarray, towards: np.ndarray, at_most: np.ndarray) -> np.ndarray:
+    return x + np.clip(towards - x, -at_most, at_most)
 
 
 def _as_values(codec: Codec, held_PKH: np.ndarray, brought_PKH: np.ndarray) -> np.ndarray:
@@ -116,3 +126,21 @@ def _as_values(codec: Codec, held_PKH: np.ndarray, brought_PKH: np.ndarray) -> n
 def _coded(codec: Codec, x_PKH: np.ndarray) -> np.ndarray:
     """What vectors are after they were codes."""
     return codec.decode(codec.encode(x_PKH.swapaxes(0, 1)[None]), x_PKH.dtype)[0].swapaxes(0, 1)
+
+
+def plainest_of_codes(scheme: Scheme, plainest: Ops) -> Ops:
+    """The least exact attention to a cache of codes, with the least exact sums.
+
+    Source: openvinotoolkit/openvino, src/plugins/intel_cpu/src/nodes/kernels/scaled_attn/mha_single_token.cpp at
+    122ad96, which does so where a processor has AVX2 and no AVX-512.
+    """
+    codec = scheme.keys.codec
+    if not isinstance(codec, Affine) or codec.zero == "none":
+        return plainest
+    return replace(plainest, attend=partial(reference_ops.attend, scores=_scores_of_codes))
+
+
+def _scores_of_codes(q_BTNH: np.ndarray, k_BKSH: np.ndarray) -> np.ndarray:
+    """`refengine.ops.scores`, the products taken with codes, which are not negative, and the zero point after them."""
+    lowest_BKSH = np.broadcast_to(k_BKSH.min(axis=-1, keepdims=True), k_BKSH.shape)
+    return reference_ops.scores(q_BTNH, k_BKSH - lowest_BKSH) + reference_ops.scores(q_BTNH, lowest_BKSH)

@@ -32,7 +32,7 @@ class Plain:
     """The error of the plainest sums at some positions, as `rms(..., axis=-1)` gives it."""
 
     error_P: np.ndarray
-    at: slice
+    at: slice | np.ndarray
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The reference's side: the right tokens, their logits and caches in float64, and the noise of float32."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -16,7 +16,6 @@ from refengine.scheme import Scheme, stored_as
 from refengine.tokens import Rows, left_padded
 from refengine.weights import Weights
 from verify.truth.arithmetic import FLOAT32, Arithmetic
-from verify.truth.codes import Given, GivenCache, can_be_given
 from verify.truth.noise import PLAIN_POSITIONS, Errors, Noise, Plain, rms
 from verify.truth.opened import open_weights
 from verify.truth.rows_alone import TOKENS_A_PASS, held, rows_anew, rows_in_steps
@@ -148,56 +147,12 @@ class Reference:
             logits_PV, caches = self.as_fed(weights, truth.prompts, truth.tokens, ops)
             errors.add({LOGITS: logits_PV, **caches})
         plain = self._plain(weights, truth.prompts, truth.tokens, truth.right)
-        return _as_run(truth, errors.noise(plain), errors.largest[LOGITS])
-
-    def along(self, truth: Truth, caches: Mapping[str, Sequence[np.ndarray]]) -> ReferenceRun | None:
-        """The reference after the tokens of a run, with the codes that another's cache held after the same ones.
-
-        These are taken where honest noise may decide between two codes, and nowhere else. Its tokens are what it
-        chooses after those of the run; the noise is that of arithmetic alone, all orders reading the same cache.
-
-        Args:
-            caches: trace point -> of each row, keys or values at every position, as attention read them; or where that
-                is not known, their codes (uint8).
-
-        Returns:
-            None where they are not known of every layer, or do not tell what every pass has read, and of a coarser
-            arithmetic than float32, whose noise is of the size of a step.
-        """
-        scheme = self.scheme
-        held = {point: np.concatenate(rows) for point, rows in caches.items()}
-        if scheme is None or self.arithmetic != FLOAT32 or not can_be_given(scheme, held):
-            return None
-        if {LOGITS, *held} != set(truth.right) or not all(np.isfinite(held_PX).all() for held_PX in held.values()):
-            return None
-        errors = self._errors_on(truth, scheme, held)
-        noise = errors.noise({})
-        moved = {point: noise[point].position_bound * errors.largest[point] for point in held}
-        self.on_progress("the reference in float64, with the candidate's choice of codes")
-        weights = open_weights(self.checkpoint, np.float64)
-        logits_PV, filled = given_pass(weights, truth, scheme, ops_for(scheme), Given(held, moved))
-        right = {LOGITS: logits_PV, **{point: x_PKH.reshape(len(x_PKH), -1) for point, x_PKH in filled.read.items()}}
-        tokens = chosen(logits_PV, truth.prompts, truth.tokens)
-        return _as_run(Truth(truth.prompts, tokens, right), noise, errors.largest[LOGITS])
-
-    def _errors_on(self, truth: Truth, scheme: Scheme, held: Mapping[str, np.ndarray]) -> Errors:
-        """Of every order, reading a cache that holds this."""
-        self.on_progress("the reference in float64, on the candidate's cache")
-        weights = open_weights(self.checkpoint, np.float64)
-        logits_PV, filled = given_pass(weights, truth, scheme, ops_for(scheme), Given(held))
-        del weights  # before the same is read in float32
-        errors = Errors({LOGITS: logits_PV, **filled.brought})
-        weights, orders = self.noisy(len(logits_PV))
-        for order, ops in orders.items():
-            self.on_progress(f"the reference in {self.arithmetic.name} on the candidate's cache ({order})")
-            logits_PV, filled = given_pass(weights, truth, scheme, ops, Given(held))
-            errors.add({LOGITS: logits_PV, **filled.brought})
-        return errors
+        return as_run(truth, errors.noise(plain), errors.largest[LOGITS])
 
     def _plain(
         self, weights: Weights, prompts: Rows, tokens: Rows, right64: Mapping[str, np.ndarray]
     ) -> dict[str, Plain]:
-        """The plainest sums by trace point, at the first positions of the longest row.
+        """The plainest sums by trace point, at the first positions of the row with the longest prompt.
 
         None where noise is of another kind: of a coarser arithmetic, or of codes that fall on the other side of a step.
         """
@@ -205,17 +160,22 @@ class Reference:
         if plainest is None or self.scheme is not None:
             return {}
         self.on_progress(f"the reference in {self.arithmetic.name} (sums one by one)")
-        longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
-        row = [*prompts[longest], *tokens[longest][:-1]]
-        before = step_slices(prompts, tokens)[longest].stop - len(row)
-        tried = row[:PLAIN_POSITIONS]
-        at = slice(before, before + len(tried))
+        row, before = longest(prompts, tokens)
+        tried = [*prompts[row], *tokens[row][:-1]][:PLAIN_POSITIONS]
         logits_PV, caches = one_pass(weights, [tried], [[0]], None, plainest)
         found = {LOGITS: logits_PV, **caches}
+        at = slice(before, before + len(tried))
         return {name: Plain(rms(value - right64[name][at], axis=-1), at) for name, value in found.items()}
 
 
-def _as_run(truth: Truth, noise: Mapping[str, Noise], flips_P: np.ndarray) -> ReferenceRun:
+def longest(prompts: Rows, tokens: Rows) -> tuple[int, int]:
+    """The row with the longest prompt, and how many positions those before it have."""
+    row = max(range(len(prompts)), key=lambda row: len(prompts[row]))
+    return row, step_slices(prompts, tokens)[row].stop - len(prompts[row]) - len(tokens[row]) + 1
+
+
+def as_run(truth: Truth, noise: Mapping[str, Noise], flips_P: np.ndarray) -> ReferenceRun:
+    """A run with the noise at every trace point, and the largest float32 deviation of any logit at each position."""
     measured = {name: Measured(value, noise[name]) for name, value in truth.right.items()}
     return ReferenceRun(truth.prompts, truth.tokens, measured.pop(LOGITS), flips_P, measured)
 
@@ -237,41 +197,41 @@ def step_slices(prompts: Rows, tokens: Rows) -> list[slice]:
 def one_pass(
     weights: Weights, prompts: Rows, tokens: Rows, scheme: Scheme | None, ops: Ops
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits, and keys and values by trace point, at every position of every row, rows one after the other."""
+    """Logits, and keys and values by trace point, at every position of every row, rows one after the other.
+
+    With a scheme in the passes of a runtime that decodes, since what a token attends to may then depend on the pass
+    that brings it: the prompts are one pass, and every new token is one.
+    """
     cache = KVCache(weights.config, len(prompts), scheme or stored_as(weights.dtype))
-    return _logits(weights, prompts, tokens, scheme, ops, cache), held(cache, weights.dtype)
+    first, most = (None, None) if scheme is None else (max(map(len, prompts)), 1)
+    return logits_after(weights, prompts, tokens, ops, cache, first, most), held(cache, weights.dtype)
 
 
-def given_pass(weights: Weights, truth: Truth, scheme: Scheme, ops: Ops, given: Given) -> tuple[np.ndarray, GivenCache]:
-    """The same after the tokens of a run, with a cache that keeps to what is given."""
-    lengths_B = [len(prompt) + len(new) - 1 for prompt, new in zip(truth.prompts, truth.tokens, strict=True)]
-    none_BS = np.empty((len(lengths_B), 0), np.int64)
-    cache = GivenCache(scheme, given, np.cumsum([0, *lengths_B[:-1]]), none_BS)
-    return _logits(weights, truth.prompts, truth.tokens, scheme, ops, cache), cache
+def logits_after(
+    weights: Weights,
+    prompts: Rows,
+    tokens: Rows,
+    ops: Ops,
+    cache: Cache,
+    first: int | None = None,
+    most: int | None = None,
+) -> np.ndarray:
+    """Logits at every position of every row, rows one after the other, after passes that fill an empty cache.
 
-
-def _logits(weights: Weights, prompts: Rows, tokens: Rows, scheme: Scheme | None, ops: Ops, cache: Cache) -> np.ndarray:
-    """Logits at every position of every row, rows one after the other, after passes that fill an empty cache."""
+    Args:
+        first: columns of the first pass; as many as of the others unless given.
+        most: of any other; as many as memory is meant for unless given.
+    """
     token_ids_BT, positions_BT = left_padded(
         [[*prompt, *new[:-1]] for prompt, new in zip(prompts, tokens, strict=True)]
     )
+    rows, width = positions_BT.shape
+    most = most or max(1, TOKENS_A_PASS // rows)
     there_BT = positions_BT >= 0
     place_BT = there_BT.cumsum().reshape(there_BT.shape) - 1
     logits_PV = np.empty((np.count_nonzero(there_BT), weights.config.vocab_size), weights.dtype)
-    for columns in _columns(positions_BT, len(tokens[0]), scheme):
+    for start, stop in pairwise([0, *range(first or most, width, most), width]):
+        columns = slice(start, stop)
         logits_BTV = forward(weights, token_ids_BT[:, columns], positions_BT[:, columns], cache, ops=ops)
         logits_PV[place_BT[:, columns][there_BT[:, columns]]] = logits_BTV[there_BT[:, columns]]
     return logits_PV
-
-
-def _columns(positions_BT: np.ndarray, new_tokens: int, scheme: Scheme | None) -> list[slice]:
-    """The columns of each pass: as many as memory is meant for; with a scheme, those of a runtime that decodes.
-
-    What a token attends to may depend on the pass that brings it when the cache is not exact: the prompts are one pass,
-    and every new token is one.
-    """
-    rows, width = positions_BT.shape
-    starts = list(range(0, width, max(1, TOKENS_A_PASS // rows)))
-    if scheme is not None:
-        starts = [0, *range(width - (new_tokens - 1), width)]
-    return [slice(*ends) for ends in pairwise([*starts, width])]

@@ -9,6 +9,7 @@ from refengine.errors import CheckpointError
 from refengine.tokens import Rows
 from verify.expect import EXACT, Expectation
 from verify.report.weights import WeightsCost
+from verify.truth.along_codes import along_codes
 from verify.truth.reference import Reference, ReferenceRun, Truth
 from verify.weights.cost import cost_of_weights
 from verify.weights.exported import ExportedCheckpoint
@@ -55,10 +56,10 @@ class References:
         return self._truth(expectation, prompts, max_new_tokens, guess).tokens
 
     def along(self, expectation: Expectation, caches: Mapping[str, Sequence[np.ndarray]]) -> ReferenceRun | None:
-        """After `tokens`, with the codes of another's cache; as `Reference.along` makes it."""
+        """After `tokens`, with the codes of another's cache; as `along_codes` makes it."""
         if expectation not in self.truths:
             return None
-        return self._engine(expectation).along(self.truths[expectation], caches)
+        return along_codes(self._engine(expectation), self.truths[expectation], caches)
 
     def _truth(self, expectation: Expectation, prompts: Rows, max_new_tokens: int, guess: Rows) -> Truth:
         if expectation not in self.truths:
