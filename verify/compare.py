@@ -44,6 +44,7 @@ class Unequal:
         expectation: what it was held against.
         run: what the candidate gave when it was fed the reference's tokens.
         reference: of the same tokens.
+        along: of the same, with the run's own choice of codes; None where its cache has none, or does not show them.
     """
 
     mode: CacheMode
@@ -51,6 +52,7 @@ class Unequal:
     expectation: Expectation
     run: CandidateRun
     reference: ReferenceRun
+    along: ReferenceRun | None = None
 
 
 @dataclass(frozen=True)
@@ -215,8 +217,8 @@ class Comparison:
         reference = along or self.references.run(*asked)
         verdict, tokens, noise = judge(run, reference, coarse=coarse)
         if along is not None and verdict != "equal":
-            # Causes are tried with codes of their own, since a mistake changes them, and are held against the same.
-            # A token that is right after these is not wrong.
+            # Where it is wrong is told by runs with codes of their own, which are held against the same. A token that
+            # is right after these is not wrong.
             reference = self.references.run(*asked)
             _, others, _ = judge(run, reference)
             tokens = tokens if others.first_mismatch else others
@@ -226,7 +228,7 @@ class Comparison:
             # handful of orders to say how often is too often. What comes of it is judged by the logits.
             noise = replace(noise, cache_beyond=())
         judgement = Judgement("export" if expectation.own_weights else "checkpoint", verdict, tokens, noise)
-        unequal = Unequal(mode, request, expectation, run, reference)
+        unequal = Unequal(mode, request, expectation, run, reference, along)
         return _Held(judgement, unequal, seconds, reference_seconds + time.perf_counter() - began)
 
     def _drive(

@@ -28,6 +28,8 @@ from verify.naming.runtime_fault import with_runtime_fault
 from verify.report.figures import figure
 from verify.report.result import Diagnosis, Location
 from verify.schedule import Schedule
+from verify.truth.arithmetic import FLOAT32
+from verify.truth.codes import Given, is_whole
 from verify.truth.reference import ReferenceRun
 from verify.weights.exported import ExportedCheckpoint
 
@@ -78,8 +80,9 @@ def find_cause(
     evidence = _evidence(checkpoint, unequal, passes, located, rungs, constants, None if on_own else own)
     progress.begin(f"looking for the cause, {seconds:g} seconds at most", math.ceil(seconds))
     likely = likely_at(located.first.point) if located.layers and located.first else ()
+    honest = unequal.along or reference
     found = diagnose(
-        *(right, passes, run, reference, evidence, CATALOGUE),
+        *(right, replace(passes, given=_given(unequal, honest)), run, honest, evidence, CATALOGUE),
         likely=likely,
         given=located.given,
         arithmetic=unequal.expectation.arithmetic,
@@ -87,6 +90,21 @@ def find_cause(
         on_seconds=progress.advance,
     )
     return _told(found, located, rungs, reference, notes)
+
+
+def _given(unequal: Unequal, honest: ReferenceRun) -> Given | None:
+    """What the run's cache held, and how far honest noise may move it; None where that is not told of every layer."""
+    caches, expectation = unequal.run.caches, unequal.expectation
+    if expectation.arithmetic != FLOAT32 or (expectation.scheme is not None and unequal.along is None):
+        return None
+    if set(caches) != set(honest.caches) or not is_whole(caches, honest.lengths):
+        return None
+    noise = {point: honest.caches[point].noise for point in caches}
+    return Given(
+        {point: np.concatenate(rows) for point, rows in caches.items()},
+        np.cumsum([0, *honest.lengths[:-1]]),
+        {point: each.position_bound * each.rms_P for point, each in noise.items()},
+    )
 
 
 def _evidence(

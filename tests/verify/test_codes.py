@@ -36,7 +36,7 @@ def read(x_1KPH: np.ndarray, held_1KPH: np.ndarray, noise: float | None, scheme:
     """What attention reads after the first four tokens came in one pass, and two in passes of their own."""
     held = dict.fromkeys(POINTS, flat(held_1KPH))
     moved = None if noise is None else dict.fromkeys(POINTS, np.full(P, noise))
-    cache = GivenCache(scheme, Given(held, moved), np.zeros(1, np.int64), np.empty((1, 0), np.int64))
+    cache = GivenCache(scheme, Given(held, np.zeros(1, np.int64), moved), np.empty((1, 0), np.int64))
     for start, stop in ((0, 4), (4, 5), (5, 6)):
         part = x_1KPH[:, :, start:stop]
         k_BKSH, v_BKSH, positions_BS = cache.update(0, part, part, np.arange(start, stop)[None])

@@ -210,7 +210,7 @@ def cache_quantized(evidence: Evidence) -> Iterator[Counterfactual | Family]:
     for layers in evidence.suspects:
         for name, dtype in SHORT_DTYPES.items():
             narrow = partial(in_narrow_floats, dtype)
-            yield handed("cache-quantized", {"past": name}, layers, each_time(narrow))
+            yield replace(handed("cache-quantized", {"past": name}, layers, each_time(narrow)), codes_past=True)
 
 
 def _hidden(which: str, layers: Layers, tokens: float) -> Counterfactual:

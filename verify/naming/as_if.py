@@ -11,8 +11,9 @@ from refengine.ops import OPS, Ops
 from refengine.scheme import Scheme
 from refengine.tokens import Rows, left_padded
 from refengine.weights import Weights
-from verify.naming.counterfactual import Fed, LayerPast, Mistakes, Pasts, forward_as_if, on_top_of
+from verify.naming.counterfactual import Fed, LayerPast, Mistakes, Pasts, forward_as_if, on_top_of, unchanged
 from verify.naming.handed_cache import HandedCache, cache_with, seen_by_all
+from verify.truth.codes import Given
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Passes:
         batches: the rows that were decoded together.
         use_cache: each new token was a pass of its own.
         scheme: how its cache is expected to store vectors; None: as they are.
+        given: what its cache held in the end, where that is known of every layer.
     """
 
     prompts: Rows
@@ -32,6 +34,7 @@ class Passes:
     batches: Sequence[Sequence[int]]
     use_cache: bool
     scheme: Scheme | None = None
+    given: Given | None = None
 
 
 def run_as_if(
@@ -58,7 +61,10 @@ def run_as_if(
     for batch in batches:
         prompts = [reduce(lambda right, each: each.prompt(right), mistakes, passes.prompts[row]) for row in batch]
         tokens = [passes.tokens[row] for row in batch]
-        cache = _cache(weights, len(batch), mistakes, left)
+        # Where something else is fed, the candidate's positions are not those of the reference.
+        same = all(each.fed is unchanged and each.prompt is unchanged and not each.keeps_rows for each in mistakes)
+        given = passes.given.of_rows(batch) if passes.given is not None and same else None
+        cache = _cache(weights, len(batch), mistakes, left, given)
         if in_one:
             logits = _one_pass(weights, prompts, tokens, cache, mistakes, ops)
         elif passes.use_cache:
@@ -101,7 +107,7 @@ def _cached_passes(
 def _whole_passes(weights: Weights, prompts: Rows, tokens: Rows, mistakes: Mistakes, ops: Ops) -> list[np.ndarray]:
     rows: list[list[np.ndarray]] = [[] for _ in prompts]
     for step in range(len(tokens[0])):
-        cache = _cache(weights, len(prompts), mistakes, ())
+        cache = _cache(weights, len(prompts), mistakes, (), None)
         fed = _fed([[*prompt, *new[:step]] for prompt, new in zip(prompts, tokens, strict=True)], cache)
         logits_BTV = forward_as_if(weights, fed, cache, mistakes, ops=ops)
         for row, logits_TV in zip(rows, _at_tokens(logits_BTV, fed.positions_BT), strict=True):
@@ -118,13 +124,13 @@ def _fed(rows: Rows, cache: Cache) -> Fed:
     return Fed(token_ids_BT, positions_BT, positions_BT, 0, kept_B1)
 
 
-def _cache(weights: Weights, rows: int, mistakes: Mistakes, left: Pasts) -> Cache:
+def _cache(weights: Weights, rows: int, mistakes: Mistakes, left: Pasts, given: Given | None) -> Cache:
     """What the first pass of a batch finds, where the batch before has left this."""
     found: Sequence[LayerPast | None] | None = None
     if any(mistake.keeps_rows for mistake in mistakes):
         stays = left and len(left[0].positions_BS) == rows
         found = seen_by_all(left) if stays else [None] * weights.config.num_hidden_layers
-    return cache_with(mistakes, weights.config, rows, weights.dtype, found)
+    return cache_with(mistakes, weights.config, rows, weights.dtype, found, given)
 
 
 def _as_long(logits_PV: np.ndarray, positions: int) -> np.ndarray:

@@ -86,6 +86,7 @@ class Counterfactual:
         weights: what differs in the embedding, the order of layers, the last norm or the head.
         cache: what the layers find in their caches in pass `step`, of what they left there in the pass before.
         mixes_layers: `cache` gives layers what others have left.
+        codes_past: `cache` rounds what it hands over, so that noise may decide between two values.
         keeps_rows: the cache is not emptied between two batches of as many rows.
         scheme: how the cache stores vectors; None: as they are.
         fed: what is fed in place of what should be.
@@ -105,6 +106,7 @@ class Counterfactual:
     weights: Callable[[Weights], Weights] = unchanged
     cache: Callable[[Pasts, int], Pasts] = same_pasts
     mixes_layers: bool = False
+    codes_past: bool = False
     keeps_rows: bool = False
     scheme: Scheme | None = None
     fed: Callable[[Fed], Fed] = unchanged

@@ -9,6 +9,7 @@ from refengine.config import Config
 from refengine.kvcache import NO_CACHE, Cache, KVCache
 from refengine.scheme import stored_as
 from verify.naming.counterfactual import LayerPast, Mistakes, Pasts, same_pasts
+from verify.truth.codes import Given, GivenCache, can_be_given
 
 
 class HandedCache:
@@ -17,11 +18,13 @@ class HandedCache:
     Args:
         coded: what new vectors are read back from; `NO_CACHE` leaves them as they are.
         pasts: of each layer, what is there already; None: nothing.
+        given: what a candidate's cache held of the same rows; None where that is not known.
     """
 
-    def __init__(self, coded: Cache, pasts: Sequence[LayerPast | None]):
+    def __init__(self, coded: Cache, pasts: Sequence[LayerPast | None], given: Given | None = None):
         self._coded = coded
         self._pasts = list(pasts)
+        self._given = given
 
     @property
     def pasts(self) -> Pasts:
@@ -30,6 +33,8 @@ class HandedCache:
 
     def hand_over(self, step: int, mistakes: Mistakes) -> None:
         """What is there becomes what pass `step` finds, with these mistakes in their layers."""
+        if self._given is not None and any(mistake.codes_past for mistake in mistakes):
+            self._pasts = [_towards(self._given, layer, past) for layer, past in enumerate(self._pasts)]
         for mistake in mistakes:
             mistaken = mistake.cache(self.pasts, step)
             self._pasts = [
@@ -61,6 +66,7 @@ def cache_with(
     rows: int,
     dtype: np.typing.DTypeLike,
     found: Sequence[LayerPast | None] | None = None,
+    given: Given | None = None,
 ) -> Cache:
     """What a first pass finds, with all that these mistakes do to what passes hand to each other.
 
@@ -70,12 +76,27 @@ def cache_with(
         rows: of a batch.
         dtype: in which vectors come.
         found: of each layer, what is there already; None: nothing.
+        given: what a candidate's cache held of the same rows, whose choice is taken where noise may decide between two
+            codes; None where that is not known.
     """
     scheme = next((mistake.scheme for mistake in mistakes if mistake.scheme is not None), None)
     right: Cache = KVCache(config, rows, scheme or stored_as(dtype))
+    if scheme is not None and given is not None and can_be_given(scheme, given.held):
+        right = GivenCache(scheme, given, np.empty((rows, 0), np.int64))
     if found is None and all(mistake.cache is same_pasts for mistake in mistakes):
         return right
-    return HandedCache(right if scheme else NO_CACHE, found or [None] * config.num_hidden_layers)
+    return HandedCache(right if scheme else NO_CACHE, found or [None] * config.num_hidden_layers, given)
+
+
+def _towards(given: Given, layer: int, past: LayerPast | None) -> LayerPast | None:
+    """What a layer's cache holds, moved as far as noise allows towards what a candidate's held."""
+    if past is None:
+        return None
+    k_BKSH, v_BKSH = (
+        given.towards(f"layers.{layer}.self_attn.{name}_cache", x_BKSH, past.positions_BS)
+        for name, x_BKSH in (("k", past.k_BKSH), ("v", past.v_BKSH))
+    )
+    return replace(past, k_BKSH=k_BKSH, v_BKSH=v_BKSH)
 
 
 def seen_by_all(pasts: Pasts) -> Pasts:

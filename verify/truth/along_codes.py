@@ -1,6 +1,7 @@
 """The reference after a run's tokens, with the codes that another system's cache held after the same ones."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from refengine.quant import ops_for
 from refengine.scheme import Scheme
 from refengine.weights import Weights
 from verify.truth.arithmetic import FLOAT32
-from verify.truth.codes import Given, GivenCache, can_be_given, plainest_of_codes
+from verify.truth.codes import Given, GivenCache, can_be_given, is_whole, plainest_of_codes
 from verify.truth.noise import PLAIN_POSITIONS, PLAINEST, Errors, Plain, rms
 from verify.truth.opened import open_weights
 from verify.truth.reference import LOGITS, Reference, ReferenceRun, Truth, as_run, chosen, logits_after, longest
@@ -36,33 +37,32 @@ def along_codes(engine: Reference, truth: Truth, caches: Mapping[str, Sequence[n
     held = {point: np.concatenate(rows) for point, rows in caches.items()}
     if scheme is None or engine.arithmetic != FLOAT32 or not can_be_given(scheme, held):
         return None
-    if {LOGITS, *held} != set(truth.right) or not all(np.isfinite(held_PX).all() for held_PX in held.values()):
+    if {LOGITS, *held} != set(truth.right) or not is_whole(caches, _positions(truth)):
         return None
-    errors, plain = _errors(engine, truth, scheme, held)
+    given = Given(held, np.cumsum([0, *(_positions(truth)[:-1])]))
+    errors, plain = _errors(engine, truth, scheme, given)
     noise = errors.noise(plain)
     moved = {point: noise[point].position_bound * errors.largest[point] for point in held}
     engine.on_progress("the reference in float64, with the candidate's choice of codes")
     weights = open_weights(engine.checkpoint, np.float64)
-    logits_PV, filled = _given_pass(weights, truth, scheme, ops_for(scheme), Given(held, moved))
+    logits_PV, filled = _given_pass(weights, truth, scheme, ops_for(scheme), replace(given, noise=moved))
     right = {LOGITS: logits_PV, **_flat(filled.read)}
     tokens = chosen(logits_PV, truth.prompts, truth.tokens)
     return as_run(Truth(truth.prompts, tokens, right), noise, errors.largest[LOGITS])
 
 
-def _errors(
-    engine: Reference, truth: Truth, scheme: Scheme, held: Mapping[str, np.ndarray]
-) -> tuple[Errors, dict[str, Plain]]:
-    """Of every order, reading a cache that holds this; and of the plainest sums at some positions."""
+def _errors(engine: Reference, truth: Truth, scheme: Scheme, given: Given) -> tuple[Errors, dict[str, Plain]]:
+    """Of every order, reading a cache that holds what is given; and of the plainest sums at some positions."""
     engine.on_progress("the reference in float64, on the candidate's cache")
     weights = open_weights(engine.checkpoint, np.float64)
-    logits_PV, filled = _given_pass(weights, truth, scheme, ops_for(scheme), Given(held))
+    logits_PV, filled = _given_pass(weights, truth, scheme, ops_for(scheme), given)
     del weights  # before the same is read in float32
     right = {LOGITS: logits_PV, **_flat(filled.brought)}
     errors = Errors(right)
     weights, orders = engine.noisy(len(logits_PV))
     for order, ops in orders.items():
         engine.on_progress(f"the reference in {engine.arithmetic.name} on the candidate's cache ({order})")
-        logits_PV, found = _given_pass(weights, truth, scheme, ops, Given(held))
+        logits_PV, found = _given_pass(weights, truth, scheme, ops, given)
         errors.add({LOGITS: logits_PV, **_flat(found.brought)})
     engine.on_progress(f"the reference in {engine.arithmetic.name} on the candidate's cache (sums one by one)")
     return errors, _plain(weights, truth, scheme, filled, right)
@@ -75,9 +75,7 @@ def _given_pass(
 
     What is given is known of later tokens too, so all new ones can go through a pass together.
     """
-    lengths_B = [len(prompt) + len(new) - 1 for prompt, new in zip(truth.prompts, truth.tokens, strict=True)]
-    none_BS = np.empty((len(lengths_B), 0), np.int64)
-    cache = GivenCache(scheme, given, np.cumsum([0, *lengths_B[:-1]]), none_BS)
+    cache = GivenCache(scheme, given, np.empty((len(truth.prompts), 0), np.int64))
     prompts = max(map(len, truth.prompts))
     return logits_after(weights, truth.prompts, truth.tokens, ops, cache, prompts), cache
 
@@ -90,14 +88,14 @@ def _plain(weights: Weights, truth: Truth, scheme: Scheme, filled: GivenCache, r
     row, before = longest(truth.prompts, truth.tokens)
     prompt, new = truth.prompts[row], truth.tokens[row][:-1]
     ops = ops_for(scheme, plainest_of_codes(scheme, PLAINEST))
-    given = Given(_flat(filled.read))
+    given = Given(_flat(filled.read), np.array([before]))
     found: dict[str, list[np.ndarray]] = {}
     places = []
     for past, tokens in ((0, prompt[: PLAIN_POSITIONS // 2]), (len(prompt), new[: PLAIN_POSITIONS // 2])):
         if not tokens:
             continue
         read = {point: x_PKH.astype(weights.dtype) for point, x_PKH in filled.read.items()}
-        cache = GivenCache(scheme, given, np.array([before]), np.arange(past)[None], read=read)
+        cache = GivenCache(scheme, given, np.arange(past)[None], read=read)
         positions_T = past + np.arange(len(tokens))
         logits_1TV = forward(weights, np.array([tokens]), positions_T[None], cache, ops=ops)
         at = before + positions_T
@@ -106,6 +104,11 @@ def _plain(weights: Weights, truth: Truth, scheme: Scheme, filled: GivenCache, r
             value_TX = value if point == LOGITS else value[at]
             found.setdefault(point, []).append(rms(value_TX - right[point][at], axis=-1))
     return {point: Plain(np.concatenate(errors), np.concatenate(places)) for point, errors in found.items()}
+
+
+def _positions(truth: Truth) -> list[int]:
+    """Of each row, how many."""
+    return [len(prompt) + len(new) - 1 for prompt, new in zip(truth.prompts, truth.tokens, strict=True)]
 
 
 def _flat(x_PKH: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ moves as far again, since a scale, too, follows what was brought. The noise is m
 cache, so that no code of theirs differs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -41,6 +41,14 @@ def can_be_given(scheme: Scheme, held: Mapping[str, np.ndarray]) -> bool:
     return bool(held)
 
 
+def is_whole(caches: Mapping[str, Sequence[np.ndarray]], lengths: Sequence[int]) -> bool:
+    """Whether caches hold as many positions of each row as were fed, and nothing but finite values."""
+    return all(
+        [len(row) for row in rows] == list(lengths) and all(np.isfinite(row).all() for row in rows)
+        for rows in caches.values()
+    )
+
+
 @dataclass(frozen=True)
 class Given:
     """What a cache held.
@@ -48,13 +56,29 @@ class Given:
     Attributes:
         held: trace point -> keys or values that attention read, or codes of 4 bits (uint8) as OpenVINO shows them, at
             every position of every row (P of them, row after row), heads flattened.
+        starts_B: where each row's positions begin among all.
         noise: trace point -> how far, at each position, what comes may be moved towards that before it is coded, and
             what is read of the code after it; None: what is held is read, or where that is codes, these with the scales
             of what comes.
     """
 
     held: Mapping[str, np.ndarray]
+    starts_B: np.ndarray
     noise: Mapping[str, np.ndarray] | None = None
+
+    def of_rows(self, rows: Sequence[int]) -> "Given":
+        """For a batch of some rows."""
+        return replace(self, starts_B=self.starts_B[list(rows)])
+
+    def towards(self, point: str, x_BKSH: np.ndarray, positions_BS: np.ndarray) -> np.ndarray:
+        """Keys or values, moved as far as noise allows towards those that were held."""
+        if self.noise is None or self.held[point].dtype == np.uint8:
+            return x_BKSH
+        place_BS, there_BS = self.starts_B[:, None] + np.maximum(positions_BS, 0), positions_BS >= 0
+        B, K, S, H = x_BKSH.shape
+        held_BKSH = self.held[point][place_BS].reshape(B, S, K, H).swapaxes(1, 2)
+        noise_BKSH = np.broadcast_to((self.noise[point][place_BS] * there_BS)[:, None, :, None], x_BKSH.shape)
+        return _moved(x_BKSH, held_BKSH, noise_BKSH).astype(x_BKSH.dtype)
 
 
 @dataclass
@@ -64,7 +88,6 @@ class GivenCache:
     Attributes:
         scheme: how it stores what comes; one of those that `can_be_given`.
         given: what the other held.
-        starts_B: where each row's positions begin among all.
         positions_BS: of what has come so far.
         brought: by trace point, keys or values as they came, `_PKH`.
         read: by trace point, what attention reads of them, `_PKH`.
@@ -72,7 +95,6 @@ class GivenCache:
 
     scheme: Scheme
     given: Given
-    starts_B: np.ndarray
     positions_BS: np.ndarray
     brought: dict[str, np.ndarray] = field(default_factory=dict)
     read: dict[str, np.ndarray] = field(default_factory=dict)
@@ -86,7 +108,7 @@ class GivenCache:
         scheme, is_first = self.scheme, self.positions_BS.shape == positions_BT.shape
         raw_from = scheme.first_pass_raw if scheme.first_pass_raw and is_first else np.inf
         raw_B111 = (np.count_nonzero(positions_BT >= 0, axis=1) >= raw_from)[:, None, None, None]
-        place_BS = self.starts_B[:, None] + np.maximum(self.positions_BS, 0)
+        place_BS = self.given.starts_B[:, None] + np.maximum(self.positions_BS, 0)
         read = []
         for name, side, x_BKTH in (("k", scheme.keys, k_BKTH), ("v", scheme.values, v_BKTH)):
             point = f"layers.{layer}.self_attn.{name}_cache"
@@ -98,7 +120,7 @@ class GivenCache:
     def _store(self, point: str, codec: Codec, x_BKTH: np.ndarray, positions_BT: np.ndarray) -> None:
         """Notes what came to a point, and what is read of it."""
         held_PX, (_, K, _, H), there_BT = self.given.held[point], x_BKTH.shape, positions_BT >= 0
-        shape, place_R = (len(held_PX), K, H), (self.starts_B[:, None] + positions_BT)[there_BT]
+        shape, place_R = (len(held_PX), K, H), (self.given.starts_B[:, None] + positions_BT)[there_BT]
         x_RKH = x_BKTH.swapaxes(1, 2)[there_BT]
         held_RKH = _as_values(codec, held_PX.reshape(shape)[place_R], x_RKH)
         if self.given.noise is not None:
