@@ -1,12 +1,16 @@
 """Caches of codes in a real runtime: what lies on the border between two codes is no fault, and hides none."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from refengine.checkpoint import open_checkpoint
+from tests.verify.commands import verify
 from tests.verify.comparing import Compared, Here, Notes
 from tests.verify.faulty_ir import Edit, edited, with_constant
 from verify.compare import Comparison
@@ -19,6 +23,7 @@ IR = FIXTURES / "exports" / "optimum-intel" / "openvino_model.xml"
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 U8, U4 = ({"KV_CACHE_PRECISION": precision} for precision in ("u8", "u4"))
 IN_GROUPS_OF_8 = {**U8, "KEY_CACHE_GROUP_SIZE": "8", "VALUE_CACHE_GROUP_SIZE": "8"}
+FEW = ("--max-new-tokens", "16", "--batch-size", "4", "--json", "-")
 LAYER = "__module.model.layers.5."
 
 
@@ -84,3 +89,55 @@ def test_a_prompt_of_one_token_is_run_by_itself_where_a_first_pass_reads_what_ca
     found = cell(prompts, 12, U8)
     assert (found.verdict, found.batch_size) == ("equal", 1)
     assert cell([prompts[0], [7, 8]], 12, U8).batch_size == 2
+
+
+def with_rounded_presents(source: Path, dtype: int, path: Path) -> Path:
+    """What is handed on is rounded; the pass that brings it attends to it as it came."""
+    model = onnx.load(source)
+    for name in [value.name for value in model.graph.output if value.name.startswith("present")]:
+        for node in model.graph.node:
+            node.output[:] = [f"{name}/whole" if each == name else each for each in node.output]
+            node.input[:] = [f"{name}/whole" if each == name else each for each in node.input]
+        model.graph.node.append(helper.make_node("Cast", [f"{name}/whole"], [f"{name}/narrow"], to=dtype))
+        model.graph.node.append(helper.make_node("Cast", [f"{name}/narrow"], [name], to=TensorProto.FLOAT))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["FLOAT16", "BFLOAT16"])
+def test_a_past_that_is_rounded_is_named_down_to_the_noise(name: str, tmp_path: Path) -> None:
+    rounded = with_rounded_presents(
+        IR.parents[1] / "optimum" / "model.onnx", TensorProto.DataType.Value(name), tmp_path / "m.onnx"
+    )
+    ran = verify("compare", FIXTURES / "tiny_llama", rounded, "--runtime", "ort-cpu", "--cache", "on", *FEW)
+    report = json.loads(ran.out)
+    cause = report["causes"][0]
+    assert (report["diagnosis"], cause["name"], cause["parameters"]) == (
+        "named",
+        "cache-quantized",
+        {"past": name.lower()},
+    )
+    assert cause["noise_ratio"]["after"] < 3 < 30 < cause["noise_ratio"]["before"]
+
+
+def test_a_mistake_much_smaller_than_a_step_is_named_down_to_the_noise(tmp_path: Path) -> None:
+    eps = with_constant(f"{LAYER}input_layernorm/aten::add/Add", 1, lambda eps: eps * 0.1)
+    settings = [f"--provider-option={key}={value}" for key, value in {**F32, **U8}.items()]
+    path = edited(IR, eps, tmp_path)
+    ran = verify(
+        "compare",
+        FIXTURES / "tiny_llama",
+        path,
+        "--runtime",
+        "openvino",
+        "--cache",
+        "on",
+        *settings,
+        *FEW,
+        "--expect",
+        "auto",
+    )
+    report = json.loads(ran.out)
+    cause = report["causes"][0]
+    assert (report["diagnosis"], cause["name"], cause["layers"]) == ("named", "norm-eps", [5])
+    assert cause["noise_ratio"]["after"] < 3 < 30 < cause["noise_ratio"]["before"]
