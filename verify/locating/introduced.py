@@ -16,6 +16,8 @@ from refengine.trace import Trace, no_trace
 from refengine.weights import Layer, Weights
 from verify.locating.flow import Flow
 from verify.locating.sample import Sample, Streams
+from verify.truth.arithmetic import FLOAT32
+from verify.truth.codes import Given, GivenCache, can_be_given, is_whole
 from verify.truth.noise import Noise, rms
 from verify.truth.reference import Reference
 
@@ -64,6 +66,15 @@ class Arithmetics:
         """An empty one, as the reference has it."""
         return KVCache(config, rows, self.engine.scheme or stored_as(dtype))
 
+    def given(self, streams: Streams, layer: int) -> Given | None:
+        """What a layer's cache of codes held, as that of the only layer; None where that is not known."""
+        scheme, lengths = self.engine.scheme, (streams.sample.positions_BT >= 0).sum(axis=1).tolist()
+        shown = {point: streams.traced.run.caches.get(f"layers.{layer}.{point}", ()) for point in CACHED}
+        if scheme is None or self.engine.arithmetic != FLOAT32 or not is_whole(shown, lengths):
+            return None
+        held = {f"layers.0.{point}": np.concatenate(rows) for point, rows in shown.items()}
+        return Given(held, np.cumsum([0, *lengths[:-1]])) if can_be_given(scheme, held) else None
+
 
 def parts(flow: Flow, streams: Streams, arithmetics: Arithmetics) -> Iterator[Part]:
     """Every part of the model in order, but for those whose input or output was not shown."""
@@ -74,7 +85,7 @@ def parts(flow: Flow, streams: Streams, arithmetics: Arithmetics) -> Iterator[Pa
     there_BT = sample.positions_BT >= 0
 
     def part(layer: int | None, point: str, given_PX: np.ndarray, right: np.ndarray, others: list[np.ndarray]) -> Part:
-        return _part(sample, layer, point, given_PX, right, others)
+        return _part(sample, layer, point, given_PX, right, _errors(right, others))
 
     stream = None if flow.embedding is None else streams.whole(flow.embedding)
     if stream is not None:
@@ -84,14 +95,20 @@ def parts(flow: Flow, streams: Streams, arithmetics: Arithmetics) -> Iterator[Pa
     for layer, (right, close) in enumerate(zip(weights.layers(), noisy.layers(), strict=True)):
         middle, end = next(halves, None), next(halves, None)
         if stream is not None:
-            runs = [_attended(arithmetics, weights, right, ops, stream, sample)]
-            runs += [_attended(arithmetics, noisy, close, order, stream, sample) for order in orders.values()]
+            given = arithmetics.given(streams, layer)
+            honest = _attended(arithmetics, weights, right, ops, stream, sample, given)
+            runs = [_attended(arithmetics, noisy, close, order, stream, sample, given) for order in orders.values()]
+            errors = {point: _errors(honest[point], [run[point] for run in runs]) for point in honest}
+            if given is not None:
+                near = _with_noise(given, honest, errors)
+                honest = _attended(arithmetics, weights, right, ops, stream, sample, near)
             for point in CACHED:
-                given = streams.caches(f"layers.{layer}.{point}")
-                if given is not None:
-                    yield part(layer, point, given, *_first_and_others(runs, point))
+                shown = streams.caches(f"layers.{layer}.{point}")
+                if shown is not None:
+                    yield _part(sample, layer, point, shown, honest[point], errors[point])
             if middle is not None:
-                yield part(layer, "self_attn.residual", middle[there_BT], *_first_and_others(runs, "residual"))
+                residual = middle[there_BT], honest["residual"], errors["residual"]
+                yield _part(sample, layer, "self_attn.residual", *residual)
         if middle is not None and end is not None:
             values = [_after_mlp(weights, right, ops, middle, there_BT)]
             values += [_after_mlp(noisy, close, order, middle, there_BT) for order in orders.values()]
@@ -101,8 +118,16 @@ def parts(flow: Flow, streams: Streams, arithmetics: Arithmetics) -> Iterator[Pa
         yield from _head(streams, arithmetics, stream)
 
 
-def _first_and_others(runs: Sequence[Mapping[str, np.ndarray]], point: str) -> tuple[np.ndarray, list[np.ndarray]]:
-    return runs[0][point], [run[point] for run in runs[1:]]
+def _errors(right_PX: np.ndarray, others: Sequence[np.ndarray]) -> list[np.ndarray]:
+    return [rms(other_PX - right_PX, axis=-1) for other_PX in others]
+
+
+def _with_noise(given: Given, right: Mapping[str, np.ndarray], errors: Mapping[str, list[np.ndarray]]) -> Given:
+    """With how far honest noise may move what comes to the cache."""
+    noise = {point: Noise.of(errors[point], right[point]) for point in CACHED}
+    return replace(
+        given, noise={f"layers.0.{point}": each.position_bound * each.rms_P for point, each in noise.items()}
+    )
 
 
 def attended(
@@ -123,23 +148,41 @@ def attended(
 
 
 def _attended(
-    arithmetics: Arithmetics, weights: Weights, layer: Layer, ops: Ops, x_BTD: np.ndarray, sample: Sample
+    arithmetics: Arithmetics,
+    weights: Weights,
+    layer: Layer,
+    ops: Ops,
+    x_BTD: np.ndarray,
+    sample: Sample,
+    given: Given | None,
 ) -> dict[str, np.ndarray]:
-    """Keys, values and the residual stream after attention, at every position of every row."""
+    """Keys, values and the residual stream after attention, at every position of every row.
+
+    With a cache that is given without noise, keys and values are as they came to it; otherwise as they are read.
+    """
     config = replace(weights.config, num_hidden_layers=1)
     positions_BT = sample.positions_BT
     there_BT = positions_BT >= 0
     x_BTD = as_stream(weights, x_BTD, there_BT)
-    cache = arithmetics.cache(config, len(x_BTD), weights.dtype)
-    in_passes = arithmetics.engine.scheme is not None
+    scheme = arithmetics.engine.scheme
+    cache: KVCache | GivenCache = arithmetics.cache(config, len(x_BTD), weights.dtype)
+    if given is not None and scheme is not None:
+        cache = GivenCache(scheme, given, positions_BT[:, :0])
+    in_passes = scheme is not None
     numbers = range(len(sample.tokens[0])) if in_passes else [None]
     pieces = [
         attended(config, layer, x_BTD[:, columns], positions_BT[:, columns], cache, ops, weights.dtype)
         for columns in (slice(None) if number is None else sample.columns(number) for number in numbers)
     ]
-    kept = dict(zip(CACHED, cache.read(0, weights.dtype), strict=True))
-    flat = {point: x_BKSH.swapaxes(1, 2)[there_BT].reshape(there_BT.sum(), -1) for point, x_BKSH in kept.items()}
-    return {**flat, "residual": np.concatenate(pieces, axis=1)[there_BT]}
+    return {**_kept(cache, weights.dtype, there_BT), "residual": np.concatenate(pieces, axis=1)[there_BT]}
+
+
+def _kept(cache: KVCache | GivenCache, dtype: np.dtype, there_BT: np.ndarray) -> dict[str, np.ndarray]:
+    if isinstance(cache, GivenCache):
+        kept = cache.brought if cache.given.noise is None else cache.read
+        return {point: kept[f"layers.0.{point}"].reshape(there_BT.sum(), -1) for point in CACHED}
+    arrays = zip(CACHED, cache.read(0, dtype), strict=True)
+    return {point: x_BKSH.swapaxes(1, 2)[there_BT].reshape(there_BT.sum(), -1) for point, x_BKSH in arrays}
 
 
 def as_stream(weights: Weights, x_BTD: np.ndarray, there_BT: np.ndarray) -> np.ndarray:
@@ -171,15 +214,9 @@ def _head(streams: Streams, arithmetics: Arithmetics, x_BTD: np.ndarray) -> Iter
 
     weights, ops = arithmetics.truth
     noisy, orders = arithmetics.noisy
-    yield _part(
-        sample,
-        None,
-        "lm_head",
-        given,
-        logits(weights, ops),
-        [logits(noisy, order) for order in orders.values()],
-        last_P,
-    )
+    right = logits(weights, ops)
+    errors = _errors(right, [logits(noisy, order) for order in orders.values()])
+    yield _part(sample, None, "lm_head", given, right, errors, last_P)
 
 
 def _part(
@@ -188,10 +225,10 @@ def _part(
     point: str,
     given_PX: np.ndarray,
     right_PX: np.ndarray,
-    others: Sequence[np.ndarray],
+    errors: Sequence[np.ndarray],
     shown_P: np.ndarray | None = None,
 ) -> Part:
-    noise = Noise.of([rms(other - right_PX, axis=-1) for other in others], right_PX)
+    noise = Noise.of(errors, right_PX)
     error_P = rms(given_PX - right_PX, axis=-1)
     ratio_P = error_P / noise.rms_P
     ratio = float(rms(error_P) / rms(noise.rms_P))
