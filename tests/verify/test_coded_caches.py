@@ -141,3 +141,12 @@ def test_a_mistake_much_smaller_than_a_step_is_named_down_to_the_noise(tmp_path:
     cause = report["causes"][0]
     assert (report["diagnosis"], cause["name"], cause["layers"]) == ("named", "norm-eps", [5])
     assert cause["noise_ratio"]["after"] < 3 < 30 < cause["noise_ratio"]["before"]
+
+
+def test_a_code_that_noise_has_moved_is_not_taken_for_the_place(tmp_path: Path) -> None:
+    path = edited(IR, HIDDEN["eps of the last norm"], tmp_path)
+    settings = [f"--provider-option={key}={value}" for key, value in {**F32, **U8}.items()]
+    asked = ("--runtime", "openvino", "--cache", "on", "--expect", "auto", "--diagnose-seconds", "1")
+    many = ("--max-new-tokens", "20", "--json", "-")  # so that a value of a traced row lies on a border
+    report = json.loads(verify("compare", FIXTURES / "tiny_llama", path, *asked, *settings, *many).out)
+    assert (report["location"]["layer"], report["location"]["point"]) == (None, "norm")
