@@ -14,6 +14,7 @@ from verify.contestant import Contestant
 from verify.drive import CandidateRun
 from verify.errors import NoVerdict
 from verify.expect import EXACT, Expectation
+from verify.locating.findings import Shown
 from verify.locating.flow import Flow
 from verify.locating.free_taps import Suspects, Tap, free_taps, suspects
 from verify.locating.introduced import Arithmetics, Part, parts, wrong_parts
@@ -21,7 +22,6 @@ from verify.locating.ladder import Rung, blamed, ladder, noise_distance, noise_r
 from verify.locating.repro import write_repro
 from verify.locating.sample import Streams, sample_of
 from verify.locating.tracer import Place, Tracer, inside_part
-from verify.locating.walk import Shown
 from verify.naming.as_if import Passes
 from verify.naming.layer_screen import Given, given_layers
 from verify.report.figures import figure

@@ -20,7 +20,11 @@ FAULTS = {fault.name: (kind, fault) for kind, fault in CORPUS.faults()}
 
 NAMED = ("genai: eps 1e-6", "dynamo: gate and up exchanged, layer 2")
 PAIRED = ("genai: rope-theta and attention-scale",)
-UNEXPLAINED = ("keys rotated twice, layer 4", "logits times 0.9")
+NOT_ADDED = (
+    "MLP in place of the residual stream, layer 3",
+    "attention in place of the residual stream, layer 2",
+)
+UNEXPLAINED = ("keys rotated twice, layer 4", "logits times 0.9", *NOT_ADDED)
 # One of each kind of edit: these are compared, and not diagnosed.
 SEEN = sorted({fault.name for fault in (*outside.FAULTS[::6], *stacked.FAULTS[::6], *frozen_faults(EXPORTS)[::9])})
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 BESIDE = ("self_attn.q_rope", "self_attn.k_rope", "self_attn.k_cache", "self_attn.attend")  # read tables or masks
 AROUND = ("rope", "past")  # what a part is fed beside the stream
+ADDED = ("self_attn.o_proj", "mlp.down_proj")  # to the stream
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 ATTENTIONS = ("GroupQueryAttention", "MultiHeadAttention", "Attention", "ScaledDotProductAttention")
 

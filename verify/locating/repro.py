@@ -10,9 +10,9 @@ import numpy as np
 from refengine.errors import InputError
 from verify.contestant import Contestant
 from verify.files import replacing
+from verify.locating.findings import Shown
 from verify.locating.flow import Flow
 from verify.locating.insight import insight_into
-from verify.locating.walk import Shown
 
 SCRIPT = "repro.py"
 

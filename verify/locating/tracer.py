@@ -10,13 +10,14 @@ from verify.candidates.traced import Pass, Traced
 from verify.contestant import Contestant
 from verify.errors import NoVerdict
 from verify.locating.differing import Differing, first_differing
+from verify.locating.findings import Guilty, Shown
 from verify.locating.flow import Flow, named, part_of
 from verify.locating.inside import Inside, inside_attention, inside_head, inside_mlp
 from verify.locating.insight import Insight, insight_into
 from verify.locating.introduced import CACHED, CLEARLY, Arithmetics, Part
 from verify.locating.repro import whole_part
 from verify.locating.sample import Sample
-from verify.locating.walk import Guilty, Shown, Walk
+from verify.locating.walk import Walk
 
 
 @dataclass(frozen=True)

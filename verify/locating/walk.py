@@ -7,32 +7,14 @@ from typing import Literal
 
 import numpy as np
 
+from verify.locating.findings import Guilty, Shown
 from verify.locating.flow import COUNTING, OF_SIZES, SHAPING, Flow
 from verify.locating.inside import Inside
 from verify.locating.known import LAYOUTS, SIDE_BY_SIDE, UNSCALED, Known, counts_slots, is_mask
 from verify.locating.meaning import Meaning
-from verify.locating.points import BESIDE, NORMS
+from verify.locating.points import ADDED, BESIDE, NORMS
 
 Status = Literal["right", "unknown", "no value"]
-
-
-@dataclass(frozen=True)
-class Guilty:
-    """A node that makes something else out of what is right, and the trace point that comes out wrong.
-
-    Attributes:
-        place: of the node in the flow.
-        point: as `refengine.trace` calls it, without the layer.
-        heads: those that are wrong; empty where the point has none.
-        inputs_are_right: every input with a value is known to be right.
-        order: whose values each head has, where heads have but changed places; empty else.
-    """
-
-    place: int
-    point: str
-    heads: tuple[int, ...]
-    inputs_are_right: bool
-    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +40,7 @@ class Walk:
 
     def guilty(self) -> Guilty | None:
         """The first node whose result is wrong and whose inputs are not; None where there is none."""
-        for place in self.places:
+        for place in self._in_question:
             node = self.flow.nodes[place]
             wrong = [name for name in node.outputs if name in self._wrong]
             if wrong and not set(node.inputs) & self._wrong:
@@ -71,6 +53,12 @@ class Walk:
                 are_right = all(self._status[name] == "right" for name in judged)
                 return Guilty(place, point, self._heads(place, point), are_right, self._order(place))
         return None
+
+    @cached_property
+    def _in_question(self) -> list[int]:
+        """The nodes in order. An MLP reads nothing beside the stream: what is not behind it is of a layer behind."""
+        is_mlp = all(point.startswith("mlp.") for point in self.ends.values())
+        return sorted(self.places, key=lambda place: (is_mlp and place not in self._after_start, place))
 
     def _of_projections(self, place: int, point: str) -> str:
         """Where queries, keys and values come side by side: the first of them that is wrong."""
@@ -162,13 +150,17 @@ class Walk:
         return next((one for one, name in outputs if self._status.get(name) == "unknown"), None)
 
     def _idle(self, place: int) -> int | None:
-        """Where scores are never scaled, or a norm has no weight: the first node that leaves what it reads as it is."""
+        """Where scores are never scaled, a norm has no weight, or a projection is not added to the stream: the first
+        node that leaves what it reads as it is.
+        """
 
         def unfinished(name: str) -> set[int]:
             return {
                 id(each)
                 for each in self._matches.get(name, ())
-                if each.value.step == UNSCALED or (each.value.point in NORMS and not each.value.is_point)
+                if each.value.step == UNSCALED
+                or each.value.point in ADDED
+                or (each.value.point in NORMS and not each.value.is_point)
             }
 
         back: int | None = None
@@ -179,7 +171,8 @@ class Walk:
                 break
             same = unfinished(names[0])
             names = [name for name in self.flow.nodes[maker].inputs if unfinished(name) & same]
-            back = maker if names and self.flow.nodes[maker].operator not in SHAPING else back
+            operator = self.flow.nodes[maker].operator
+            back = maker if names and (operator == "Identity" or operator not in SHAPING) else back
         return back
 
     def _miscounted(self, place: int) -> int | None:
@@ -256,7 +249,7 @@ class Walk:
         found = (known.order_of_heads(given) for name in wrong for given in known.layouts(self.arrays[name]))
         return next((order for order in found if order is not None and order != tuple(range(len(order)))), ())
 
-    def shown_by(self, guilty: Guilty) -> "Shown | None":
+    def shown_by(self, guilty: Guilty) -> Shown | None:
         """The nodes from what is right to where a mistake shows; None where no tensor is like the point."""
         known, closest = self.inside.point(guilty.point), self._closest(guilty.place, guilty.point)
         if known is None or closest is None:
@@ -276,21 +269,3 @@ class Walk:
             if best is None or error < closest_error:  # a NaN is no less than anything
                 closest_error, best = error, Shown(name, tuple(made), fed, turned, there)
         return best
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A few nodes in which a mistake shows.
-
-    Attributes:
-        name: of the tensor that is wrong.
-        made: what the nodes make.
-        fed: what they are fed.
-        right: what the tensor should be, in float64, where `there` says so.
-    """
-
-    name: str
-    made: tuple[str, ...]
-    fed: Mapping[str, np.ndarray]
-    right: np.ndarray
-    there: np.ndarray
