@@ -1,5 +1,6 @@
 """Mistakes in the key-value cache: what a pass hands on to the next one, and what that reads of it."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -197,7 +198,7 @@ def cache_quantized(evidence: Evidence) -> Iterator[Counterfactual | Family]:
         and on OpenVINO so is a single long pass.
     Why: KV_CACHE_PRECISION of OpenVINO is u8 unless it is asked for another, and --cache-type-k of llama.cpp is chosen.
     Test: the reference with that scheme for its cache; its noise then includes the codes that rounding moves. Or with a
-        past that is rounded to 16 bits before the next pass reads it, in all layers or in one.
+        past that is rounded to 16 bits before the next pass reads it, in all layers or in one, keys, values or both.
     Fix: KV_CACHE_PRECISION=f32 where that is not meant; where it is, --expect with the name of the scheme.
     Source: OpenVINO issue 27454; onnxruntime-genai issue 1206.
     """
@@ -208,9 +209,10 @@ def cache_quantized(evidence: Evidence) -> Iterator[Counterfactual | Family]:
             ops = partial(ops_for, scheme)
             yield Counterfactual("cache-quantized", {"scheme": name}, scheme=scheme, ops=ops, is_causal=False)
     for layers in evidence.suspects:
-        for name, dtype in SHORT_DTYPES.items():
-            narrow = partial(in_narrow_floats, dtype)
-            yield replace(handed("cache-quantized", {"past": name}, layers, each_time(narrow)), codes_past=True)
+        for (name, dtype), of in itertools.product(SHORT_DTYPES.items(), ("both", "keys", "values")):
+            narrow = each_time(partial(in_narrow_floats, dtype, of))
+            parameters = {"past": name} if of == "both" else {"past": name, "of": of}
+            yield replace(handed("cache-quantized", parameters, layers, narrow), codes_past=True)
 
 
 def _hidden(which: str, layers: Layers, tokens: float) -> Counterfactual:

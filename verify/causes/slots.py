@@ -80,13 +80,13 @@ def handed(
     return Counterfactual(cause, parameters, layers, cache=cache, mixes_layers=mixes_layers, is_causal=False)
 
 
-def in_narrow_floats(dtype: type, pasts: Pasts) -> Pasts:
-    """Keys and values rounded to a narrower float."""
+def in_narrow_floats(dtype: type, of: str, pasts: Pasts) -> Pasts:
+    """Keys and values rounded to a narrower float, or one of the two: `of` is "keys", "values" or "both"."""
 
-    def rounded(x_BKSH: np.ndarray) -> np.ndarray:
-        return x_BKSH.astype(dtype).astype(x_BKSH.dtype)
+    def rounded(x_BKSH: np.ndarray, kind: str) -> np.ndarray:
+        return x_BKSH.astype(dtype).astype(x_BKSH.dtype) if of in (kind, "both") else x_BKSH
 
-    return [replace(past, k_BKSH=rounded(past.k_BKSH), v_BKSH=rounded(past.v_BKSH)) for past in pasts]
+    return [replace(past, k_BKSH=rounded(past.k_BKSH, "keys"), v_BKSH=rounded(past.v_BKSH, "values")) for past in pasts]
 
 
 def swapped(pasts: Pasts, step: int) -> Pasts:

@@ -72,7 +72,7 @@ class Given:
 
     def towards(self, point: str, x_BKSH: np.ndarray, positions_BS: np.ndarray) -> np.ndarray:
         """Keys or values, moved as far as noise allows towards those that were held."""
-        if self.noise is None or self.held[point].dtype == np.uint8:
+        if self.noise is None:
             return x_BKSH
         place_BS, there_BS = self.starts_B[:, None] + np.maximum(positions_BS, 0), positions_BS >= 0
         B, K, S, H = x_BKSH.shape
