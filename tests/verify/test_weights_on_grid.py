@@ -63,3 +63,9 @@ def test_a_matrix_may_come_in_pieces():
     exact, values = EXACT_OI.astype(np.float64), ROUNDED["int4 by output"].astype(np.float64)
     assert rounded_to_codes([(exact[:8], values[:8]), (exact[8:], values[8:])]) == "int4 by output, kept as floats"
     assert rounded_to_codes([(exact[:8], values[:8]), (exact[8:], exact[8:])]) is None
+
+
+def test_what_was_on_a_grid_before_is_not_rounded_by_being_scaled():
+    codes_RC = np.random.default_rng(7).integers(-8, 8, (64, 64))
+    exact_RC = codes_RC * 0.013
+    assert rounded_to_codes([(exact_RC, (exact_RC * np.float32(1.01)).astype(np.float32).astype(np.float64))]) is None

@@ -16,15 +16,20 @@ Pair = tuple[np.ndarray, np.ndarray]
 def rounded_to_codes(pieces: Iterable[Pair]) -> str | None:
     """What a matrix was rounded to: "int8 by output, kept as floats", ...; None where it was not rounded so.
 
-    The numbers of a group are so many steps apart, and each is within half a step of the exact one. A group is a row,
-    a block of one, a column, or the whole piece.
+    The numbers of a group are so many steps apart, each is within half a step of the exact one, and there are fewer
+    different ones: what was on a grid before is not rounded by being scaled. A group is a row, a block of one, a
+    column, or the whole piece.
 
     Args:
         pieces: some rows of the checkpoint's matrix, and of the export's, outputs first; in float64.
     """
     levels: dict[str, int] = {}
     for number, (exact_RC, values_RC) in enumerate(pieces):
-        here = {name: found for name, groups in _groups(exact_RC, values_RC) if (found := _levels(groups)) is not None}
+        here = {
+            name: found
+            for name, groups in _groups(exact_RC, values_RC)
+            if (found := _levels(groups)) is not None and _merges(groups)
+        }
         levels = {name: max(most, levels.get(name, 0)) for name, most in here.items() if not number or name in levels}
         if not levels:
             return None
@@ -53,6 +58,16 @@ def _levels(groups: Iterable[Pair]) -> int | None:
     found = [_levels_of(exact_GN, values_GN) for exact_GN, values_GN in groups]
     known = [levels for levels in found if levels is not None]
     return max(known, default=None) if len(known) == len(found) else None
+
+
+def _merges(groups: Iterable[Pair]) -> bool:
+    """Whether numbers that were different have become the same."""
+    return any(_different(values_GN) < _different(exact_GN) for exact_GN, values_GN in groups)
+
+
+def _different(array_GN: np.ndarray) -> int:
+    """How many different numbers the groups have, all together."""
+    return len(array_GN) + int(np.count_nonzero(np.diff(np.sort(array_GN, axis=1), axis=1)))
 
 
 def _levels_of(exact_GN: np.ndarray, values_GN: np.ndarray) -> int | None:
