@@ -99,11 +99,10 @@ def _given(unequal: Unequal, honest: ReferenceRun) -> Given | None:
         return None
     if set(caches) != set(honest.caches) or not is_whole(caches, honest.lengths):
         return None
-    noise = {point: honest.caches[point].noise for point in caches}
     return Given(
         {point: np.concatenate(rows) for point, rows in caches.items()},
         np.cumsum([0, *honest.lengths[:-1]]),
-        {point: each.position_bound * each.rms_P for point, each in noise.items()},
+        {point: honest.caches[point].noise.honest_P for point in caches},
     )
 
 

@@ -88,7 +88,7 @@ def misplaced(run: CandidateRun, reference: ReferenceRun) -> tuple[tuple[str, in
     def is_that_of(given_PX: np.ndarray, point: str) -> bool:
         right = reference.caches[point]
         error_P = rms(given_PX[prompt_P] - right.value64_PX[prompt_P], axis=-1)
-        return bool((error_P <= right.noise.position_bound * right.noise.rms_P[prompt_P]).all())
+        return bool((error_P <= right.noise.honest_P[prompt_P]).all())
 
     found = []
     for tap in free_taps(run, reference, head_dim=1):

@@ -124,10 +124,8 @@ def _errors(right_PX: np.ndarray, others: Sequence[np.ndarray]) -> list[np.ndarr
 
 def _with_noise(given: Given, right: Mapping[str, np.ndarray], errors: Mapping[str, list[np.ndarray]]) -> Given:
     """With how far honest noise may move what comes to the cache."""
-    noise = {point: Noise.of(errors[point], right[point]) for point in CACHED}
-    return replace(
-        given, noise={f"layers.0.{point}": each.position_bound * each.rms_P for point, each in noise.items()}
-    )
+    noise = {f"layers.0.{point}": Noise.of(errors[point], right[point]).honest_P for point in CACHED}
+    return replace(given, noise=noise)
 
 
 def attended(

@@ -37,9 +37,9 @@ def along_codes(engine: Reference, truth: Truth, caches: Mapping[str, Sequence[n
     held = {point: np.concatenate(rows) for point, rows in caches.items()}
     if scheme is None or engine.arithmetic != FLOAT32 or not can_be_given(scheme, held):
         return None
-    if {LOGITS, *held} != set(truth.right) or not is_whole(caches, _positions(truth)):
+    if {LOGITS, *held} != set(truth.right) or not is_whole(caches, truth.lengths):
         return None
-    given = Given(held, np.cumsum([0, *(_positions(truth)[:-1])]))
+    given = Given(held, np.cumsum([0, *truth.lengths[:-1]]))
     errors, plain = _errors(engine, truth, scheme, given)
     noise = errors.noise(plain)
     moved = {point: noise[point].position_bound * errors.largest[point] for point in held}
@@ -104,11 +104,6 @@ def _plain(weights: Weights, truth: Truth, scheme: Scheme, filled: GivenCache, r
             value_TX = value if point == LOGITS else value[at]
             found.setdefault(point, []).append(rms(value_TX - right[point][at], axis=-1))
     return {point: Plain(np.concatenate(errors), np.concatenate(places)) for point, errors in found.items()}
-
-
-def _positions(truth: Truth) -> list[int]:
-    """Of each row, how many."""
-    return [len(prompt) + len(new) - 1 for prompt, new in zip(truth.prompts, truth.tokens, strict=True)]
 
 
 def _flat(x_PKH: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

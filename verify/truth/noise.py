@@ -49,6 +49,11 @@ class Noise:
     overall_bound: float
     position_bound: float
 
+    @property
+    def honest_P(self) -> np.ndarray:
+        """The largest error at each position that is still honest."""
+        return self.position_bound * self.rms_P
+
     @classmethod
     def of(
         cls,

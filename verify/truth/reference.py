@@ -52,7 +52,7 @@ class ReferenceRun:
     @property
     def lengths(self) -> list[int]:
         """Positions of each row."""
-        return [len(prompt) + len(new) - 1 for prompt, new in zip(self.prompts, self.tokens, strict=True)]
+        return lengths_of(self.prompts, self.tokens)
 
     def error_and_noise(self, row: int, given_PV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rms error of logits that are given at the last positions of a row, and what is honest of it; both `P`."""
@@ -68,6 +68,11 @@ class Truth:
     prompts: Rows
     tokens: Rows
     right: Mapping[str, np.ndarray]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions of each row."""
+        return lengths_of(self.prompts, self.tokens)
 
 
 class Reference:
@@ -168,10 +173,15 @@ class Reference:
         return {name: Plain(rms(value - right64[name][at], axis=-1), at) for name, value in found.items()}
 
 
+def lengths_of(prompts: Rows, tokens: Rows) -> list[int]:
+    """Positions that are fed of each row: its prompt and all its new tokens but the last."""
+    return [len(prompt) + len(new) - 1 for prompt, new in zip(prompts, tokens, strict=True)]
+
+
 def longest(prompts: Rows, tokens: Rows) -> tuple[int, int]:
     """The row with the longest prompt, and how many positions those before it have."""
     row = max(range(len(prompts)), key=lambda row: len(prompts[row]))
-    return row, step_slices(prompts, tokens)[row].stop - len(prompts[row]) - len(tokens[row]) + 1
+    return row, sum(lengths_of(prompts[:row], tokens[:row]))
 
 
 def as_run(truth: Truth, noise: Mapping[str, Noise], flips_P: np.ndarray) -> ReferenceRun:
